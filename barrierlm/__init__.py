@@ -1,1 +1,39 @@
-"""Constrained fine-tuning of language models."""
+"""Constrained fine-tuning of language models: minimise a loss, keep averages within bounds.
+
+`BarrierObjective` wraps any loss in any PyTorch loop; `Constraint` names an average and its bounds; a rule
+(`AdaptiveBarrier` unless told otherwise) turns violations into multipliers. Needs torch alone.
+"""
+
+from .barriers import AdaptiveBarrier, LogBarrier, ModifiedBarrier, Readings, RelaxedLogBarrier, Rule
+from .baselines import AugmentedLagrangian, DualAscent
+from .constraints import Constraint
+from .diagnostics import BoundState, Report
+from .estimators import EMA, BatchMean
+from .objective import BarrierObjective, ObjectiveOutput
+from .sampling import Sampled
+from .schedules import AdaptiveSchedule, ConstantSchedule, ExponentialSchedule, Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMA",
+    "AdaptiveBarrier",
+    "AdaptiveSchedule",
+    "AugmentedLagrangian",
+    "BarrierObjective",
+    "BatchMean",
+    "BoundState",
+    "ConstantSchedule",
+    "Constraint",
+    "DualAscent",
+    "ExponentialSchedule",
+    "LogBarrier",
+    "ModifiedBarrier",
+    "ObjectiveOutput",
+    "Readings",
+    "RelaxedLogBarrier",
+    "Report",
+    "Rule",
+    "Sampled",
+    "Schedule",
+]

@@ -1,0 +1,107 @@
+"""The other methods behind the same interface, for comparison on equal terms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .barriers import Readings, Rule
+
+
+class DualAscent(Rule):
+    r"""Min-max training: gradient ascent on the multipliers, as in constrained RLHF.
+
+    .. math:: \lambda \leftarrow \min(\max(\lambda + \eta z, 0), \text{cap})
+
+    Args:
+        step: :math:`\eta` > 0, per window.
+        cap: Largest multiplier.
+        start_at: Initial multiplier, >= 0.
+
+    Raises:
+        ValueError: A parameter outside its range.
+
+    Example:
+        >>> DualAscent(0.05).step
+        0.05
+
+    Source: Moskovitz et al. 2023 (constrained RLHF), the min-max baseline of L3Ms (arXiv 2410.21533).
+    """
+
+    learned: Tensor
+    _learned = ("learned",)
+
+    def __init__(self, step: float = 0.05, *, cap: float = math.inf, start_at: float = 0.0) -> None:
+        if not (step > 0 and math.isfinite(step)):
+            raise ValueError(f"step={step!r}; allowed: step > 0")
+        if not cap > 0:
+            raise ValueError(f"cap={cap!r}; allowed: cap > 0")
+        if not 0 <= start_at <= cap or not math.isfinite(start_at):
+            raise ValueError(f"start_at={start_at!r}; allowed: 0 <= start_at <= cap")
+        self.step, self.cap, self.start_at = float(step), float(cap), float(start_at)
+
+    def start(self, num_bounds: int) -> None:
+        self.learned = torch.full((num_bounds,), self.start_at, dtype=torch.float64)
+
+    def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+        """lambda z [m], the Lagrangian's term."""
+        return self.learned.to(z) * z
+
+    def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+        """lambda [m], whatever z is."""
+        return self.learned.to(z)
+
+    def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
+        """One ascent step of every measured bound."""
+        self.learned = (self.learned + self.step * readings.z).clamp(0.0, self.cap)
+
+
+class AugmentedLagrangian(Rule):
+    r"""The Powell-Hestenes-Rockafellar augmented Lagrangian for inequalities.
+
+    .. math:: B(z) = \frac{\max(\hat\lambda + \rho z, 0)^2 - \hat\lambda^2}{2\rho}, \qquad
+              \lambda = \max(\hat\lambda + \rho z, 0), \qquad
+              \hat\lambda \leftarrow \hat\lambda + \gamma (\lambda - \hat\lambda)
+
+    Args:
+        penalty: :math:`\rho` > 0, per unit of violation.
+        step: :math:`\gamma` in (0, 1]; 1 is the classical update after an inner solve.
+
+    Raises:
+        ValueError: A parameter outside its range.
+
+    Example:
+        >>> AugmentedLagrangian(penalty=2.0).penalty
+        2.0
+
+    Source: Rockafellar 1973; Nocedal and Wright, Numerical Optimization, chapter 17.
+    """
+
+    learned: Tensor
+    _learned = ("learned",)
+
+    def __init__(self, penalty: float = 1.0, *, step: float = 0.1) -> None:
+        if not (penalty > 0 and math.isfinite(penalty)):
+            raise ValueError(f"penalty={penalty!r}; allowed: penalty > 0")
+        if not 0 < step <= 1:
+            raise ValueError(f"step={step!r}; allowed: 0 < step <= 1")
+        self.penalty, self.step = float(penalty), float(step)
+
+    def start(self, num_bounds: int) -> None:
+        self.learned = torch.zeros(num_bounds, dtype=torch.float64)
+
+    def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+        """The augmented term [m]."""
+        learned = self.learned.to(z)
+        return ((learned + self.penalty * z).clamp(min=0) ** 2 - learned**2) / (2 * self.penalty)
+
+    def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+        """max(lambda + rho z, 0) [m]."""
+        return (self.learned.to(z) + self.penalty * z).clamp(min=0)
+
+    def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
+        """A damped multiplier step of every measured bound."""
+        move = self.step * (self.multiplier(readings.z, mu, s) - self.learned)
+        self.learned = self.learned + torch.where(readings.known, move, 0.0)

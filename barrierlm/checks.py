@@ -1,0 +1,55 @@
+"""What the shapes, names and types of a call say against it, before any state changes and without a host sync."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sampling import Sampled
+
+
+def check_call(names: tuple[str, ...], measurements: Any, num_samples: Any, loss_divisor: Any) -> None:
+    """Everything about a call that shapes, names and types tell, before any state changes."""
+    for argument, mapping in (("measurements", measurements), ("num_samples_in_window", num_samples)):
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{argument} is a {type(mapping).__name__}; allowed: a mapping by constraint name")
+        unknown = [name for name in mapping if name not in names]
+        if unknown:
+            raise ValueError(f"{argument} has {unknown[0]!r}; allowed: the constraints {', '.join(map(repr, names))}")
+    for name, value in measurements.items():
+        _check_measurement(name, value)
+    for name, n in num_samples.items():
+        if isinstance(n, Tensor):
+            if n.dim() != 0:
+                raise ValueError(f"num_samples_in_window[{name!r}] has shape {tuple(n.shape)}; allowed: 0-d")
+        elif isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"num_samples_in_window[{name!r}]={n!r}; allowed: an integer >= 1")
+    if isinstance(loss_divisor, bool) or not isinstance(loss_divisor, int | float) or not loss_divisor > 0:
+        raise ValueError(f"loss_divisor={loss_divisor!r}; allowed: a number > 0")
+
+
+def _check_measurement(name: str, value: Any) -> None:
+    gradients = torch.is_grad_enabled()
+    if isinstance(value, Sampled):
+        if gradients and not value.logps.requires_grad:
+            raise ValueError(
+                f"measurements[{name!r}]: logps do not require grad; allowed: log-probabilities that the policy "
+                "computed with gradients on"
+            )
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"measurements[{name!r}] is a {type(value).__name__}; allowed: Sampled, a tensor [n] or a 0-d tensor"
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"measurements[{name!r}] has dtype {value.dtype}; allowed: a floating dtype")
+    if value.dim() > 1:
+        raise ValueError(f"measurements[{name!r}] has shape {tuple(value.shape)}; allowed: [n] or 0-d")
+    if gradients and not value.requires_grad:
+        raise ValueError(
+            f"measurements[{name!r}] is a tensor without gradient: a constraint that does nothing. Did you mean "
+            "Sampled(values=..., logps=...)? allowed: a tensor with gradient, or Sampled"
+        )

@@ -1,0 +1,186 @@
+"""What has been committed: estimates, scales, learned multipliers, mu; and how a window changes them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .barriers import Readings, Rule
+from .constraints import Bounds
+from .diagnostics import BoundState, FeasibilityWatch, Report, tolerance, verdict
+from .estimators import EMA, Column, Scales
+from .sampling import PositionBaseline
+from .schedules import Schedule
+
+
+class Committed:
+    """The state between two windows, on the CPU in fp64, and everything the next window reads from it.
+
+    ``weights`` [K] are the constraints' weights in the loss, ``baselines`` [K, NUM_POSITIONS] those of
+    per-token costs, ``penalty`` the rule's value, ``report`` the rows of all bounds. Parts replace their tensors
+    instead of changing them, so that a shallow copy of each is a snapshot and a failed commit leaves no trace.
+    """
+
+    def __init__(self, bounds: Bounds, rule: Rule, schedule: Schedule, estimator: EMA, noise_floor: float) -> None:
+        self.bounds, self.rule, self.schedule, self.estimator = bounds, rule, schedule, estimator
+        self.noise_floor = noise_floor
+        self.windows = 0
+        num_constraints = len(bounds.constraints)
+        rule.start(len(bounds))
+        estimator.start(num_constraints)
+        self.scales = Scales(bounds)
+        self.positions = PositionBaseline(num_constraints, estimator.smoothing)
+        self.watch = FeasibilityWatch(len(bounds))
+        self.nonfinite = torch.zeros(num_constraints, dtype=torch.float64)
+        self._refresh()
+
+    @property
+    def base_mu(self) -> float:
+        """mu before the noise floor: the rule's own, or the schedule's."""
+        return self.schedule.mu if self.rule.mu is None else self.rule.mu
+
+    def commit(self, rows: Tensor, *, tick: bool) -> bool:
+        """Take in a window's reduced rows [K, NUM_COLUMNS]; False, and no change, if it had no samples.
+
+        Rows with NaN or infinite measurements are counted and left out. ``tick=False`` is a calibration: rule
+        and schedule do not move.
+        """
+        nonfinite = rows[:, Column.NONFINITE]
+        rows = torch.where(nonfinite[:, None] > 0, 0.0, rows)
+        with self._undo_on_error():
+            self.nonfinite = self.nonfinite + nonfinite
+            if not bool((rows[:, Column.COUNT] > 0).any()):
+                return False
+            mu, s = self.mu, self.s
+            self.scales.update(rows, self.estimator.center)
+            self.estimator.update(rows)
+            self.positions.update(rows)
+            if tick:
+                readings, near = self._read()
+                self.rule.update(readings, mu, s)
+                self.schedule.tick(readings)
+                self.watch.update(readings.z, near)
+                self.windows += 1
+            self._refresh()
+        return True
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "estimator": self.estimator,
+            "rule": self.rule,
+            "schedule": self.schedule,
+            "scales": self.scales,
+            "positions": self.positions,
+            "watch": self.watch,
+        }
+
+    def _methods(self) -> list[str]:
+        return [type(part).__name__ for part in (self.rule, self.schedule, self.estimator)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers and names, deep-copied."""
+        return {
+            "version": 1,
+            "constraints": self.bounds.fingerprint(),
+            "methods": self._methods(),
+            "windows": self.windows,
+            "nonfinite": self.nonfinite.clone(),
+        } | {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave, or raise and change nothing."""
+        if not isinstance(state, Mapping) or state.get("version") != 1:
+            given = f"version {state.get('version')!r}" if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state is {given}; allowed: version 1, as made by state_dict()")
+        for key, own in (("constraints", self.bounds.fingerprint()), ("methods", self._methods())):
+            saved = [list(item) if isinstance(item, tuple) else item for item in state[key]]
+            if saved != own:
+                raise ValueError(f"state was saved for {key} {saved}; allowed: this objective's {own}")
+        with self._undo_on_error():
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
+            self.windows = int(state["windows"])
+            self.nonfinite = state["nonfinite"].detach().cpu().clone()
+            self._refresh()
+
+    def _read(self) -> tuple[Readings, Tensor]:
+        """The bounds' readings, and how far from a bound an estimate still counts as at it [m]."""
+        index, scale = self.bounds.index, self.scales.value
+        z = self.bounds.violation(self.estimator.mean, scale)
+        known = z.isfinite()
+        stderr = (self.estimator.stderr / scale)[index]
+        # A standard error that is not known yet counts as one scale.
+        noise = self.noise_floor * stderr.nan_to_num(1.0)
+        zero = torch.zeros_like(z)
+        return Readings(torch.where(known, z, zero), torch.where(known, noise, zero), known), tolerance(stderr)
+
+    def _refresh(self) -> None:
+        """Multipliers, weights and rows for the next window, from the committed estimates."""
+        readings, tol = self._read()
+        z, noise, known = readings
+        base = torch.full_like(z, self.base_mu)
+        if self.rule.s is None:
+            mu = torch.maximum(base, noise.sqrt())
+            s = mu**2
+        else:
+            mu, s = base, noise.clamp(min=self.rule.s)
+        multiplier = torch.where(known, self.rule.multiplier(z, mu, s), 0.0)
+        value = torch.where(known, self.rule.value(z, mu, s), 0.0)
+        for i in torch.nonzero(~(multiplier.isfinite() & value.isfinite())).flatten().tolist():
+            raise ValueError(
+                f"{type(self.rule).__name__} has no finite multiplier for {self.bounds.labels[i]} at violation "
+                f"z={float(z[i]):.4g}, mu={float(mu[i]):.4g}; allowed: z < 0 for LogBarrier; use RelaxedLogBarrier "
+                "(linear extension) or a larger mu"
+            )
+        scale = self.scales.value[self.bounds.index]
+        weights = torch.zeros(len(self.bounds.constraints), dtype=torch.float64).index_add_(
+            0, self.bounds.index, torch.where(known, self.bounds.sign * multiplier / scale, 0.0)
+        )
+        self.mu, self.s, self.weights, self.penalty = mu, s, weights, value.sum()
+        self.baselines = self.positions.table()
+        self.report = self._rows_of(readings, tol, multiplier, scale)
+
+    def _rows_of(self, readings: Readings, tol: Tensor, multiplier: Tensor, scale: Tensor) -> Report:
+        mean, stderr = self.estimator.mean.tolist(), self.estimator.stderr.tolist()
+        together = self.watch.together()
+        z = torch.where(readings.known, readings.z, math.nan).tolist()
+        columns = [x.tolist() for x in (self.bounds.value, multiplier, self.mu, self.s, scale, tol)]
+        rows = []
+        for i, (k, side) in enumerate(self.bounds.sides):
+            bound, lam, mu, s, unit, near = (column[i] for column in columns)
+            others = [self.bounds.labels[j] for j in together if j != i] if i in together else []
+            slack = (mean[k] - bound) if side == "lower" else (bound - mean[k])
+            rows.append(
+                BoundState(
+                    constraint=self.bounds.names[k],
+                    side=side,
+                    bound=bound,
+                    estimate=mean[k],
+                    stderr=stderr[k],
+                    slack=slack,
+                    multiplier=lam,
+                    mu=mu,
+                    s=s,
+                    scale=unit,
+                    verdict=verdict(z[i], near, others),
+                )
+            )
+        return Report(rows)
+
+    @contextmanager
+    def _undo_on_error(self) -> Iterator[None]:
+        objects = [self, *self._parts().values()]
+        saved = [copy.copy(vars(part)) for part in objects]
+        try:
+            yield
+        except BaseException:
+            for part, attributes in zip(objects, saved, strict=True):
+                vars(part).clear()
+                vars(part).update(attributes)
+            raise

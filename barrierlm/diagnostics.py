@@ -1,0 +1,106 @@
+"""What the estimates say about the bounds: one row per bound, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BoundState(NamedTuple):
+    """One bound as the last committed window left it.
+
+    ``estimate``, ``stderr``, ``bound`` and ``slack`` (positive inside) are in the constraint's unit; ``scale``
+    says how much of it one unit of violation is; ``multiplier``, ``mu`` and ``s`` are in units of the scale.
+    Numbers that are not known yet are NaN.
+    """
+
+    constraint: str
+    side: str
+    bound: float
+    estimate: float
+    stderr: float
+    slack: float
+    multiplier: float
+    mu: float
+    s: float
+    scale: float
+    verdict: str
+
+
+class Report(tuple[BoundState, ...]):
+    """The rows of `BarrierObjective.report`, one per bound; prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        head = ("constraint", "bound", "estimate", "+-", "slack", "multiplier", "verdict")
+        body = [
+            (
+                row.constraint,
+                f"{'>=' if row.side == 'lower' else '<='} {row.bound:g}",
+                *(f"{number:.4g}" for number in (row.estimate, row.stderr, row.slack, row.multiplier)),
+                row.verdict,
+            )
+            for row in self
+        ]
+        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (head, *body)
+        )
+
+
+class FeasibilityWatch:
+    """Notices bounds that cannot be met at once, from the violations alone.
+
+    Two or more bounds that have been violated beyond their noise for `PATIENCE` windows, while the worst
+    violation has not come down by a hundredth in as many windows, are reported as infeasible together. This
+    is evidence from the run, not a proof: a learning rate of zero looks the same.
+    """
+
+    PATIENCE = 50
+
+    def __init__(self, num_bounds: int) -> None:
+        self.run = torch.zeros(num_bounds, dtype=torch.float64)
+        self.best = torch.full((), float("inf"), dtype=torch.float64)
+        self.stale = torch.zeros((), dtype=torch.float64)
+
+    def update(self, z: Tensor, tolerance: Tensor) -> None:
+        """One committed window with violations ``z`` [m] that mean something beyond ``tolerance`` [m]."""
+        violated = z > tolerance
+        self.run = torch.where(violated, self.run + 1, 0.0)
+        worst = torch.where(violated, z, 0.0).max()
+        improved = bool(worst < 0.99 * self.best) or not bool(violated.any())
+        self.best = torch.minimum(self.best, worst) if bool(violated.any()) else torch.full_like(worst, torch.inf)
+        self.stale = torch.zeros_like(self.stale) if improved else self.stale + 1
+
+    def together(self) -> list[int]:
+        """The bounds that do not seem to have a common solution; fewer than two: none."""
+        stuck = torch.nonzero(self.run >= self.PATIENCE).flatten().tolist()
+        return stuck if len(stuck) > 1 and float(self.stale) >= self.PATIENCE else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """A deep copy of the state: tensors only."""
+        return {"run": self.run.clone(), "best": self.best.clone(), "stale": self.stale.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.run, self.best, self.stale = (state[key].detach().cpu().clone() for key in ("run", "best", "stale"))
+
+
+def tolerance(stderr: Tensor) -> Tensor:
+    """Distance from a bound, in units of the scale, below which it counts as active: 2 stderr, or a hundredth."""
+    return (2 * stderr.nan_to_num(0.0)).clamp(min=0.01)
+
+
+def verdict(z: float, tolerance: float, others: Iterable[str]) -> str:
+    """``unknown``, ``met``, ``active``, ``violated`` or ``infeasible together with ...`` for one bound."""
+    if z != z:
+        return "unknown"
+    names = ", ".join(others)
+    if names:
+        return f"infeasible together with {names}"
+    return "violated" if z > tolerance else "active" if z >= -tolerance else "met"

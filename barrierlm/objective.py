@@ -1,0 +1,456 @@
+"""`BarrierObjective`: ties constraints, estimates, rule and schedule together; nothing else."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .barriers import AdaptiveBarrier, Rule
+from .checks import check_call
+from .committed import Committed
+from .constraints import Bounds, Constraint
+from .diagnostics import Report
+from .distributed import world_size
+from .estimators import EMA, Column
+from .sampling import Measured, Sampled, measure_value
+from .schedules import AdaptiveSchedule, Schedule
+from .window import Window
+
+Measurements = Mapping[str, Tensor | Sampled]
+
+#: Calls without a single `step()` after which the loop is told; more micro-batches than most windows have.
+_CALLS_BEFORE_WARNING = 32
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What one call returns; only ``loss`` carries gradient.
+
+    ``loss`` is what to back-propagate, ``task_loss`` the user's own loss, ``penalty`` the rule's value at the
+    estimate, ``bounds`` one `BoundState` per bound, as they were when the call was made.
+    """
+
+    loss: Tensor
+    task_loss: Tensor
+    penalty: Tensor
+    bounds: Report
+    _objective: BarrierObjective = field(repr=False)
+
+    def metrics(self) -> dict[str, float]:
+        """Flat floats for a logger: this call's losses, and the objective's numbers as they are now.
+
+        After ``objective.step()`` these are the newly committed ones. Reading the losses waits for the device.
+        """
+        losses = {"loss/task": self.task_loss.item(), "loss/total": self.loss.item()}
+        return losses | self._objective.metrics()
+
+
+class BarrierObjective:
+    r"""Minimise a loss while keeping averages within bounds.
+
+    .. math:: \min_\theta L(\theta) \quad \text{s.t.} \quad \text{lower}_k \le \mathbb{E}[v_k] \le
+              \text{upper}_k
+
+    Each committed window gives every bound a violation z and, by the rule, a multiplier
+    :math:`\lambda = B'(z)`. A call then returns the linear surrogate
+
+    .. math:: L + \sum_k w_k v_k, \qquad w_k = (\lambda_k^\text{upper} - \lambda_k^\text{lower}) /
+              \text{scale}_k
+
+    in value and gradient, where :math:`v_k` is the micro-batch's share of the window's mean. All of a window
+    uses the multipliers committed before it, so the first window only measures (unless `calibrate` was called).
+
+    Args:
+        loss_fn: Any callable that returns a 0-d tensor, or None when there is only `combine`, or no task.
+        constraints: `Constraint` objects with distinct names; at least one.
+        rule: How a violation becomes a multiplier. Default `AdaptiveBarrier`.
+        schedule: How mu falls. Default `AdaptiveSchedule`. Ignored by rules that have a mu of their own.
+        estimator: `EMA` (default, smoothing 0.1) or `BatchMean`.
+        noise_floor: s stays above this many standard errors, and mu above its root; 0 switches it off.
+        multiplier: ``"committed"``, or ``"current"``: loss is L + B(z) at this call's own values,
+            differentiated by autograd; for exact, single-process work with one call per window.
+        nonfinite: What `step` does when a measurement held a NaN or an infinity: ``"raise"``, or ``"skip"``
+            that constraint's window. Neither lets it into an estimate or into the loss.
+        gradient_reduction: How the loop combines the ranks' gradients: ``"mean"`` (DDP) or ``"sum"``.
+        process_group: The ranks that share a window; default: the default group where there is one.
+
+    Raises:
+        TypeError: An argument of the wrong kind.
+        ValueError: No constraint, a duplicate name, or an option outside its range.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> objective = BarrierObjective(torch.nn.functional.mse_loss, [Constraint("mean", upper=0.5)])
+        >>> for _ in range(2):
+        ...     prediction = model(torch.randn(8, 3))
+        ...     out = objective(prediction, torch.randn(8, 1), measurements={"mean": prediction.mean()})
+        ...     out.loss.backward()
+        ...     objective.step()
+        >>> sorted(out.metrics())[:2]
+        ['barrier/mu', 'barrier/penalty']
+
+    Source: L3Ms (arXiv 2410.21533), equation of the relaxed barrier objective; ARCHITECTURE.md.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Tensor] | None,
+        constraints: Sequence[Constraint],
+        *,
+        rule: Rule | None = None,
+        schedule: Schedule | None = None,
+        estimator: EMA | None = None,
+        noise_floor: float = 1.0,
+        multiplier: str = "committed",
+        nonfinite: str = "raise",
+        gradient_reduction: str = "mean",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn is a {type(loss_fn).__name__}; allowed: a callable or None")
+        constraints = list(constraints)
+        if not constraints:
+            raise ValueError("constraints is empty; allowed: at least one Constraint")
+        if not (isinstance(noise_floor, int | float) and noise_floor >= 0 and math.isfinite(noise_floor)):
+            raise ValueError(f"noise_floor={noise_floor!r}; allowed: a finite number >= 0 (0 switches it off)")
+        choices = (
+            ("multiplier", multiplier, ("committed", "current")),
+            ("nonfinite", nonfinite, ("raise", "skip")),
+            ("gradient_reduction", gradient_reduction, ("mean", "sum")),
+        )
+        for argument, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(f"{argument}={value!r}; allowed: {' or '.join(map(repr, allowed))}")
+        parts = (("rule", rule, Rule), ("schedule", schedule, Schedule), ("estimator", estimator, EMA))
+        for argument, part, kind in parts:
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(f"{argument} is {part!r}; allowed: an instance of a {kind.__name__}")
+        self.loss_fn = loss_fn
+        self.rule = rule or AdaptiveBarrier()
+        self.schedule = schedule or AdaptiveSchedule()
+        self.estimator = estimator or EMA()
+        self.noise_floor = float(noise_floor)
+        self.multiplier = multiplier
+        self.nonfinite = nonfinite
+        self.gradient_reduction = gradient_reduction
+        self.process_group = process_group
+        self._committed = Committed(Bounds(constraints), self.rule, self.schedule, self.estimator, self.noise_floor)
+        self._window = Window(len(constraints))
+        self._warned: set[str] = set()
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """The constraints, in the order given."""
+        return self._committed.bounds.constraints
+
+    @property
+    def windows(self) -> int:
+        """Number of windows committed by `step`."""
+        return self._committed.windows
+
+    # ---- calling it ------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        *args: Any,
+        measurements: Measurements | None = None,
+        num_samples_in_window: Mapping[str, int | Tensor] | None = None,
+        loss_divisor: float = 1,
+        **kwargs: Any,
+    ) -> ObjectiveOutput:
+        """``loss_fn(*args, **kwargs)`` combined with the measurements; see `combine`.
+
+        Args:
+            *args: For ``loss_fn``.
+            measurements: See `combine`.
+            num_samples_in_window: See `combine`.
+            loss_divisor: See `combine`.
+            **kwargs: For ``loss_fn``.
+
+        Returns:
+            An `ObjectiveOutput`; call ``.loss.backward()``.
+
+        Raises:
+            TypeError: Arguments for a ``loss_fn`` that is None; see `combine`.
+            ValueError: See `combine`.
+        """
+        measurements, num_samples_in_window = measurements or {}, num_samples_in_window or {}
+        self._check_call(measurements, num_samples_in_window, loss_divisor)
+        if self.loss_fn is not None:
+            task_loss = self.loss_fn(*args, **kwargs)
+        elif args or kwargs:
+            raise TypeError("loss_fn is None, so it takes no arguments; allowed: measurements=... alone, or combine()")
+        else:
+            task_loss = None
+        return self._combine(task_loss, measurements, num_samples_in_window, loss_divisor)
+
+    def combine(
+        self,
+        task_loss: Tensor | None,
+        measurements: Measurements | None = None,
+        *,
+        num_samples_in_window: Mapping[str, int | Tensor] | None = None,
+        loss_divisor: float = 1,
+    ) -> ObjectiveOutput:
+        """A loss already computed, combined with the measurements of this micro-batch.
+
+        Args:
+            task_loss: 0-d floating tensor, passed through unchanged; None: no task.
+            measurements: By constraint name: a `Sampled`; a floating tensor [n] of per-sample values with
+                gradient; or a 0-d tensor with gradient (exact). A name may be missing, n may be 0.
+            num_samples_in_window: By constraint name, the number of samples (sequences) that the whole window
+                will have, over all micro-batches and ranks. Makes the mean exact when they differ in size;
+                without it micro-batches and ranks count equally, and an empty one pulls the gradient to 0.
+            loss_divisor: What the loop divides this loss by before ``backward`` (gradient accumulation);
+                used together with ``num_samples_in_window``.
+
+        Returns:
+            An `ObjectiveOutput`; call ``.loss.backward()``.
+
+        Raises:
+            TypeError: Something that is no measurement, integer values.
+            ValueError: An unknown name, a wrong shape, a tensor without gradient while gradients are on.
+            RuntimeError: ``multiplier="current"`` with several ranks.
+        """
+        measurements, num_samples_in_window = measurements or {}, num_samples_in_window or {}
+        self._check_call(measurements, num_samples_in_window, loss_divisor)
+        return self._combine(task_loss, measurements, num_samples_in_window, loss_divisor)
+
+    def step(self) -> None:
+        """Commit the window: reduce its sums over the ranks, update the estimates, set the next multipliers.
+
+        Call it once per optimizer step, on every rank, with or without samples. Everything is checked before
+        anything changes; after an error the window is still there (`discard_window` forgets it). A window in
+        which no rank has measured a sample changes nothing.
+
+        Raises:
+            RuntimeError: No call since the last step, on any rank.
+            FloatingPointError: NaN or infinite measurements, with ``nonfinite="raise"``.
+            ValueError: A group of one response; a bound that `LogBarrier` finds infeasible.
+        """
+        calls, rows = self._window.reduce(self.process_group)
+        if calls == 0:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "step() with nothing measured since the last one; allowed: after at least one call of the "
+                    "objective (with gradients on) in the window"
+                )
+            return
+        self._check_rows(rows)
+        if not self._committed.commit(rows, tick=True) and not bool(rows[:, Column.NONFINITE].any()):
+            self._warn_once(
+                "empty",
+                "a window without a single sample: estimates, multipliers and schedule stay as they were.",
+            )
+        self._window.clear()
+
+    def calibrate(self, measurements: Measurements) -> None:
+        """Measure before the first window, so that it already has scales and multipliers.
+
+        Counts as one window for the estimates, not for the schedule. Gradients are neither needed nor used.
+
+        Args:
+            measurements: As for `combine`; on several ranks, called by all of them.
+
+        Raises:
+            FloatingPointError: NaN or infinite measurements, with ``nonfinite="raise"``.
+            TypeError, ValueError: As for `combine`.
+        """
+        with torch.no_grad():
+            self._check_call(measurements, {}, 1)
+            measured = self._measure(measurements)
+        window = Window(len(self.constraints))
+        window.add(measured, {})
+        _, rows = window.reduce(self.process_group)
+        self._check_rows(rows)
+        self._committed.commit(rows, tick=False)
+
+    def discard_window(self) -> None:
+        """Forget the unfinished window, as after running out of memory or a skipped fp16 step."""
+        self._window.clear()
+
+    # ---- reading it ------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """One row per bound: estimate, standard error, bound, slack, multiplier, verdict; prints as a table.
+
+        The verdict is ``met``, ``active`` (within two standard errors, or a hundredth of the scale),
+        ``violated``, ``infeasible together with ...`` or ``unknown`` (not measured yet).
+        """
+        return self._committed.report
+
+    def metrics(self) -> dict[str, float]:
+        """The committed state as flat floats; names as in the design: ``constraints/<name>/...``, ``barrier/...``.
+
+        Numbers that are not known yet are NaN.
+        """
+        metrics = {"barrier/mu": self._committed.base_mu, "barrier/penalty": float(self._committed.penalty)}
+        mean, stderr = self.estimator.mean.tolist(), self.estimator.stderr.tolist()
+        for k, name in enumerate(self._committed.bounds.names):
+            metrics[f"constraints/{name}/value"] = mean[k]
+            metrics[f"constraints/{name}/stderr"] = stderr[k]
+            metrics[f"constraints/{name}/nonfinite"] = float(self._committed.nonfinite[k])
+        for row in self._committed.report:
+            prefix = f"constraints/{row.constraint}/{row.side}"
+            metrics[f"{prefix}/slack"] = row.slack
+            metrics[f"{prefix}/multiplier"] = row.multiplier
+            metrics[f"{prefix}/mu"] = row.mu
+            metrics[f"{prefix}/s"] = row.s
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on: plain tensors and numbers, deep-copied.
+
+        An unfinished window is not saved, as the gradients that belong to it are not either.
+        """
+        return self._committed.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; a resumed run equals one that never stopped, bit for bit.
+
+        Args:
+            state: From an objective with the same constraints, rule, schedule and estimator.
+
+        Raises:
+            ValueError: A state of other constraints or methods, or something else altogether. Nothing is
+                changed then.
+        """
+        self._committed.load_state_dict(state)
+        self._window.clear()
+
+    # ---- inside ----------------------------------------------------------------------------------------
+
+    def _combine(
+        self,
+        task_loss: Tensor | None,
+        measurements: Measurements,
+        num_samples_in_window: Mapping[str, int | Tensor],
+        loss_divisor: float,
+    ) -> ObjectiveOutput:
+        if task_loss is None:
+            task_loss = torch.zeros((), device=next((_device(m) for m in measurements.values()), None))
+        if not isinstance(task_loss, Tensor) or not task_loss.is_floating_point() or task_loss.dim() != 0:
+            given = tuple(task_loss.shape) if isinstance(task_loss, Tensor) else type(task_loss).__name__
+            raise ValueError(f"task_loss is {given}; allowed: a 0-d floating torch.Tensor (take its mean or sum)")
+        names = self._committed.bounds.names
+        expected = {names.index(name): n for name, n in num_samples_in_window.items()}
+        with torch.autocast(task_loss.device.type, enabled=False):
+            measured = self._measure(measurements)
+            if self.multiplier == "current":
+                terms, penalty = self._barrier_terms(measured)
+            else:
+                terms = self._linear_terms(measured, expected, loss_divisor)
+                penalty = self._committed.penalty
+            loss = task_loss
+            for term in terms:
+                loss = loss + term.to(loss.device)
+        if torch.is_grad_enabled():
+            self._window.add(measured, expected)
+            if self.windows == 0 and self._window.calls == _CALLS_BEFORE_WARNING:
+                self._warn_once(
+                    "step",
+                    f"{self._window.calls} calls without objective.step(): nothing is committed and the multipliers "
+                    "stay as they are. Call objective.step() after each optimizer step.",
+                )
+        return ObjectiveOutput(loss, task_loss.detach(), penalty.to(loss.device), self._committed.report, self)
+
+    def _check_call(self, measurements: Any, num_samples: Any, loss_divisor: Any) -> None:
+        check_call(self._committed.bounds.names, measurements, num_samples, loss_divisor)
+        if self.multiplier == "current" and world_size(self.process_group) > 1:
+            raise RuntimeError(
+                f"multiplier='current' with {world_size(self.process_group)} ranks; allowed: one process (the barrier "
+                "of a rank's own mean has another gradient), or multiplier='committed'"
+            )
+
+    def _measure(self, measurements: Measurements) -> dict[int, Measured]:
+        center = self._committed.estimator.center
+        measured = {}
+        for k, name in enumerate(self._committed.bounds.names):
+            value = measurements.get(name)
+            if isinstance(value, Sampled):
+                measured[k] = value.measure(center[k], self._committed.baselines[k])
+            elif value is not None:
+                measured[k] = measure_value(value, center[k])
+        return measured
+
+    def _linear_terms(
+        self, measured: dict[int, Measured], expected: dict[int, int | Tensor], loss_divisor: float
+    ) -> list[Tensor]:
+        """w_k times this micro-batch's share of the window's mean, such that the loop's own division and
+        averaging give w_k times the mean."""
+        ranks = world_size(self.process_group)
+        terms = []
+        for k, m in measured.items():
+            n = expected.get(k)
+            if n is None:
+                share: float | Tensor = 1 / max(m.count, 1) / (ranks if self.gradient_reduction == "sum" else 1)
+            else:
+                share = loss_divisor * (ranks if self.gradient_reduction == "mean" else 1) / n
+            terms.append(m.total * (self._committed.weights[k].to(m.total) * share).to(m.total))
+        return terms
+
+    def _barrier_terms(self, measured: dict[int, Measured]) -> tuple[list[Tensor], Tensor]:
+        """B(z) of this call's own means, differentiable; without a scale yet, a connected zero."""
+        terms = [m.total * 0 for m in measured.values()]
+        penalty = torch.zeros((), dtype=torch.float64)
+        scale = self._committed.scales.value.clone()
+        for k, m in measured.items():
+            if bool(scale[k].isnan()) and m.row[Column.EXACT] > 0:
+                scale[k] = 1.0
+        rows = [
+            i
+            for i, (k, _) in enumerate(self._committed.bounds.sides)
+            if k in measured and measured[k].count and not bool(scale[k].isnan()) and measured[k].row[Column.COUNT] > 0
+        ]
+        if rows:
+            at = self._committed.bounds.index[rows].tolist()
+            mean = torch.stack([measured[k].total / measured[k].count for k in at])
+            sign, bound, unit = (
+                x.to(mean) for x in (self._committed.bounds.sign[rows], self._committed.bounds.value[rows], scale[at])
+            )
+            full = torch.zeros(len(self._committed.bounds), dtype=mean.dtype, device=mean.device)
+            z = full.index_put((torch.tensor(rows, device=mean.device),), sign * (mean - bound) / unit)
+            mu = torch.full_like(full, self._committed.base_mu)
+            s = mu**2 if self.rule.s is None else torch.full_like(full, self.rule.s)
+            value = self.rule.value(z, mu, s)[rows].sum()
+            terms.append(value)
+            penalty = value.detach()
+        return terms, penalty
+
+    def _check_rows(self, rows: Tensor) -> None:
+        """What the reduced rows [K, NUM_COLUMNS] say against committing them, before anything changes."""
+        names = self._committed.bounds.names
+        alone = torch.nonzero(rows[:, Column.BAD_GROUPS]).flatten().tolist()
+        if alone:
+            raise ValueError(f"groups of {names[alone[0]]!r}: a prompt has one response; allowed: at least 2 per group")
+        nonfinite = rows[:, Column.NONFINITE]
+        bad = torch.nonzero(nonfinite).flatten().tolist()
+        if bad and self.nonfinite == "raise":
+            raise FloatingPointError(
+                f"{int(nonfinite[bad[0]])} NaN or infinite value(s) measured for {names[bad[0]]!r}; no estimate was "
+                "changed. discard_window() forgets this window; nonfinite='skip' drops such windows by itself"
+            )
+        for k, n in self._window.expected.items():
+            found = int(rows[k, Column.COUNT])
+            if found != int(n) and k not in bad:
+                self._warn_once(
+                    "expected",
+                    f"num_samples_in_window[{names[k]!r}]={int(n)}, but the window had {found} samples: the "
+                    f"constraint's gradient was {found / int(n):.3g} times the right one.",
+                )
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _device(measurement: Tensor | Sampled) -> torch.device:
+    return measurement.values.device if isinstance(measurement, Sampled) else measurement.device

@@ -1,0 +1,310 @@
+"""Measurements: costs of sampled responses (score function), pathwise values, exact values.
+
+A measurement becomes two things: a scalar whose value is the sum of the samples and whose gradient is the
+gradient of that sum's expectation, and a row of sums for the estimator. Neither needs a host sync.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .estimators import NUM_COLUMNS, NUM_POSITIONS, Column, wide_dtype, window_row
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One micro-batch of one constraint.
+
+    ``total`` is the differentiable sum over its ``count`` samples, ``row`` its sums [NUM_COLUMNS].
+    """
+
+    total: Tensor
+    count: int
+    row: Tensor
+
+
+def position_bucket(position: Tensor) -> Tensor:
+    """The bucket of a token position: exact below half the buckets, then eight buckets per octave."""
+    half = NUM_POSITIONS // 2
+    octaves = torch.log2(position.clamp(min=half).double() / half)
+    return torch.where(position < half, position, (half + (8 * octaves).long()).clamp(max=NUM_POSITIONS - 1))
+
+
+class PositionBaseline:
+    """Mean reward-to-go at each token position, over committed windows, for per-token costs.
+
+    A baseline that depends on the position alone, and not on the sample it is subtracted from, leaves the
+    gradient unbiased. Positions nobody has reached yet take the value of the last one before them.
+    """
+
+    def __init__(self, num_constraints: int, smoothing: float) -> None:
+        self.smoothing = smoothing
+        self._sums = torch.zeros(num_constraints, 2, NUM_POSITIONS, dtype=torch.float64)
+
+    def update(self, rows: Tensor) -> None:
+        """Commit a window's reduced rows [K, NUM_COLUMNS]."""
+        window = rows[:, Column.POSITIONS :].reshape(-1, 2, NUM_POSITIONS)
+        measured = (window[:, 1].sum(-1) > 0)[:, None, None]
+        moved = (1 - self.smoothing) * self._sums + self.smoothing * window
+        self._sums = torch.where(measured, moved, self._sums)
+
+    def table(self) -> Tensor:
+        """Baselines [K, NUM_POSITIONS]; 0 where nothing has been seen."""
+        total, count = self._sums[:, 0], self._sums[:, 1]
+        seen = count > 1e-12
+        places = torch.arange(NUM_POSITIONS).expand_as(count)
+        last = torch.where(seen, places, 0).cummax(-1).values
+        return torch.where(seen, total / count.clamp(min=1e-12), 0.0).gather(-1, last)
+
+    def state_dict(self) -> Tensor:
+        """A deep copy of the sums."""
+        return self._sums.clone()
+
+    def load_state_dict(self, state: Tensor) -> None:
+        """Restore what `state_dict` gave."""
+        self._sums = state.detach().cpu().double().clone()
+
+
+def _check_float(argument: str, value: Any, *, dims: int = 1) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} is a {type(value).__name__}; allowed: a torch.Tensor")
+    if not value.is_floating_point():
+        raise TypeError(f"{argument} has dtype {value.dtype}; allowed: a floating dtype (use {argument}.float())")
+    if value.dim() != dims:
+        raise ValueError(f"{argument} has shape {tuple(value.shape)}; allowed: {dims} dimension(s)")
+    return value
+
+
+def _check_like(argument: str, value: Any, shape: tuple[int, ...], why: str) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{argument} has shape {tuple(value.shape)}; allowed: {shape}, {why}")
+
+
+class Sampled:
+    r"""Costs of responses that the policy sampled; the gradient comes through their log-probabilities.
+
+    The surrogate's gradient is the score-function estimate of the expected cost's gradient,
+
+    .. math:: \nabla \mathbb{E}[c] \approx \frac1n \sum_i r_i (c_i - b_i) \nabla \log p(y_i)
+
+    with the baseline b the committed mean (the same for any split into micro-batches), or with ``groups`` the
+    mean of the other responses to the same prompt. Advantages are never divided by a standard deviation:
+    the multiplier's unit must survive. r = 1 unless ``old_logps`` says that another policy sampled.
+
+    Args:
+        values: Costs [B], floating, no gradient, in the constraint's unit.
+        logps: Log-probabilities [B] of the whole responses under the policy, in nats, with gradient. Never
+            divided by the length. They must be those of the distribution that was sampled from.
+        groups: Prompt ids [B], integer; each group whole within the micro-batch and of at least 2 responses.
+        old_logps: Log-probabilities [B] under the policy that sampled, for off-policy responses. Samples
+            then count with the importance ratio :math:`r = p / p_\text{old}`, in estimate and gradient.
+        clip: Truncates r at ``1 + clip``; bounded variance for some bias. Needs ``old_logps``.
+
+    Raises:
+        TypeError: A tensor of the wrong kind, integer costs.
+        ValueError: Shapes that do not agree, values with gradient, a group of one (on a GPU that is found
+            at ``objective.step()``), ``clip`` without ``old_logps``.
+
+    Example:
+        >>> logps = torch.tensor([-3.0, -5.0], requires_grad=True)
+        >>> Sampled(values=torch.tensor([0.1, 0.7]), logps=logps)
+        Sampled(2 responses)
+
+    Source: Williams 1992 (REINFORCE); Kool et al. 2019 (leave-one-out baseline).
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        logps: Tensor,
+        groups: Tensor | None = None,
+        *,
+        old_logps: Tensor | None = None,
+        clip: float | None = None,
+    ) -> None:
+        self.cu_seqlens: Tensor | None = None
+        self._set(values, logps, groups, old_logps, clip, argument="values")
+        self._check_groups(values.shape[0], alone=False)
+
+    @classmethod
+    def per_token(
+        cls,
+        costs: Tensor,
+        logps: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        groups: Tensor | None = None,
+        old_logps: Tensor | None = None,
+        clip: float | None = None,
+    ) -> Sampled:
+        r"""Costs that add up over a response's tokens, credited by reward-to-go.
+
+        .. math:: \nabla \mathbb{E}\Big[\sum_t c_t\Big] \approx \frac1B \sum_i r_i \sum_t
+                  \Big(\sum_{u \ge t} c_{iu} - b_t\Big) \nabla \log p(y_{it})
+
+        b is the committed mean of the reward-to-go at that position. A token's own cost may depend on the
+        token (per-token KL) or not (length: one per token); both are credited to it and to those before.
+
+        Args:
+            costs: Costs [T] of the packed response tokens, floating, no gradient.
+            logps: Token log-probabilities [T] in nats, with gradient.
+            cu_seqlens: Offsets [B+1], integer: response i is ``costs[cu_seqlens[i]:cu_seqlens[i+1]]``.
+            groups: Prompt ids [B]; here they only make the standard error right, which is taken over groups.
+            old_logps: Token log-probabilities [T] under the policy that sampled.
+            clip: Truncates each response's importance ratio at ``1 + clip``. Needs ``old_logps``.
+
+        Returns:
+            A measurement of B samples, each the sum of a response's costs.
+
+        Raises:
+            TypeError: As for `Sampled`.
+            ValueError: As for `Sampled`, and ``cu_seqlens`` that do not fit.
+
+        Example:
+            >>> logps = torch.randn(5, requires_grad=True)
+            >>> Sampled.per_token(torch.ones(5), logps, torch.tensor([0, 2, 5]))
+            Sampled(2 responses, 5 tokens)
+
+        Source: Sutton et al. 1999 (policy gradient theorem).
+        """
+        self = cls.__new__(cls)
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_floating_point():
+            raise TypeError("cu_seqlens must be an integer torch.Tensor")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; allowed: [B+1]")
+        self.cu_seqlens = cu_seqlens
+        self._set(costs, logps, groups, old_logps, clip, argument="costs")
+        if cu_seqlens.device.type == "cpu":  # elsewhere looking at the numbers would stall the device
+            ends = [0, *cu_seqlens.tolist()]
+            if any(a > b for a, b in pairwise(ends)) or ends[1] != 0:
+                raise ValueError("cu_seqlens decreases or does not start at 0; allowed: 0 = first <= ... <= last")
+            if ends[-1] != costs.shape[0]:
+                raise ValueError(f"cu_seqlens ends at {ends[-1]}; allowed: the number of costs, {costs.shape[0]}")
+        self._check_groups(cu_seqlens.shape[0] - 1, alone=True)
+        return self
+
+    def _set(
+        self,
+        values: Tensor,
+        logps: Tensor,
+        groups: Tensor | None,
+        old_logps: Tensor | None,
+        clip: float | None,
+        argument: str,
+    ) -> None:
+        _check_float(argument, values)
+        _check_float("logps", logps)
+        shape = tuple(values.shape)
+        _check_like("logps", logps, shape, f"the shape of {argument}")
+        if values.requires_grad:
+            raise ValueError(
+                f"{argument} requires grad; allowed: detached costs (a differentiable value is given as a plain "
+                "tensor, not as Sampled)"
+            )
+        if old_logps is not None:
+            _check_float("old_logps", old_logps)
+            _check_like("old_logps", old_logps, shape, "the shape of logps")
+        if clip is not None and (old_logps is None or not clip >= 0):
+            raise ValueError(
+                f"clip={clip!r}, old_logps {'given' if old_logps is not None else 'missing'}; "
+                "allowed: clip >= 0 together with old_logps"
+            )
+        self.values, self.logps, self.groups = values, logps, groups
+        self.old_logps, self.clip = old_logps, clip
+
+    def _check_groups(self, size: int, *, alone: bool) -> None:
+        g = self.groups
+        if g is None:
+            return
+        if not isinstance(g, Tensor) or g.is_floating_point():
+            raise TypeError("groups must be an integer torch.Tensor of prompt ids")
+        _check_like("groups", g, (size,), "one prompt id per response")
+        if not alone and g.device.type == "cpu":
+            ids, counts = torch.unique(g, return_counts=True)
+            if (counts < 2).any():
+                raise ValueError(
+                    f"groups: prompt {ids[counts < 2][0].item()} has one response; allowed: at least 2 per group "
+                    "(leave groups out to use the committed mean as baseline)"
+                )
+
+    def __len__(self) -> int:
+        return self.values.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def __repr__(self) -> str:
+        tokens = "" if self.cu_seqlens is None else f", {self.values.shape[0]} tokens"
+        return f"Sampled({len(self)} responses{tokens})"
+
+    def measure(self, center: Tensor, positions: Tensor) -> Measured:
+        """The micro-batch's differentiable total and its row of sums.
+
+        Args:
+            center: Committed mean, 0-d.
+            positions: Committed baselines by position bucket [NUM_POSITIONS].
+        """
+        wide = wide_dtype(self.values.device)
+        inputs = (self.values, self.logps) if self.old_logps is None else (self.values, self.logps, self.old_logps)
+        nonfinite = torch.stack([(~torch.isfinite(x.detach())).sum() for x in inputs]).sum()
+        ok = nonfinite == 0
+        # One bad number drops the whole term: a partial sum would silently mean another average.
+        values = torch.where(ok, self.values, 0).to(wide)
+        logps = torch.where(ok, self.logps, 0).to(torch.promote_types(self.logps.dtype, torch.float32))
+        center, positions = center.to(values), positions.to(values)
+        row = values.new_zeros(NUM_COLUMNS)
+
+        seq: Tensor | None = None
+        if self.cu_seqlens is None:
+            cost, advantage = values, values - center
+            if self.groups is not None:
+                same = (self.groups[:, None] == self.groups[None, :]).to(wide)
+                others = same.sum(1) - 1
+                row[Column.BAD_GROUPS] = (others < 1).sum()
+                advantage = values - ((same * values).sum(1) - values) / others.clamp(min=1)
+        else:
+            cu = self.cu_seqlens.to(values.device, torch.long)
+            place = torch.arange(values.shape[0], device=values.device)
+            seq = torch.searchsorted(cu[1:].contiguous(), place, right=True)
+            before = torch.cat([values.new_zeros(1), values.cumsum(0)])
+            to_go = before[cu[1:]][seq] - before[:-1]
+            cost = before[cu[1:]] - before[cu[:-1]]
+            bucket = position_bucket(place - cu[seq])
+            advantage = to_go - positions[bucket]
+            half = Column.POSITIONS + NUM_POSITIONS
+            row[Column.POSITIONS : half].index_add_(0, bucket, torch.where(ok, to_go, 0))
+            row[half:].index_add_(0, bucket, ok.to(wide).expand_as(to_go))
+
+        if self.old_logps is not None:
+            log_ratio = logps.detach().to(wide) - torch.where(ok, self.old_logps, 0).to(wide)
+            if seq is not None:
+                log_ratio = torch.zeros_like(cost).index_add_(0, seq, log_ratio)
+            ratio = log_ratio.exp()
+            if self.clip is not None:
+                ratio = ratio.clamp(max=1 + self.clip)
+            cost = center + ratio * (cost - center)
+            advantage = advantage * (ratio if seq is None else ratio[seq])
+
+        surrogate = (advantage.to(logps.dtype) * logps).sum()
+        total = torch.where(ok, cost.sum(), 0).to(logps.dtype) + (surrogate - surrogate.detach())
+        row[: Column.EXACT] = torch.where(ok, window_row(cost - center, self.groups), 0)
+        row[Column.NONFINITE] = nonfinite
+        return Measured(total, len(self), row)
+
+
+def measure_value(value: Tensor, center: Tensor) -> Measured:
+    """The same for a differentiable measurement: [n] samples, or 0-d for a value without sampling noise."""
+    exact = value.dim() == 0
+    wide = wide_dtype(value.device)
+    nonfinite = (~torch.isfinite(value.detach())).sum()
+    ok = nonfinite == 0
+    clean = torch.where(ok, value, 0).to(torch.promote_types(value.dtype, torch.float32)).reshape(-1)
+    row = torch.zeros(NUM_COLUMNS, dtype=wide, device=value.device)
+    d = clean.detach().to(wide) - center.to(row)
+    row[: Column.EXACT] = torch.where(ok, window_row(d), 0)
+    if exact:
+        row[Column.EXACT] = ok
+    row[Column.NONFINITE] = nonfinite
+    return Measured(clean.sum(), clean.shape[0], row)

@@ -1,0 +1,163 @@
+"""How the barrier parameter mu falls, one tick per committed window."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .barriers import Readings
+
+
+def _positive(argument: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{argument}={value!r}; allowed: a finite number > 0")
+    return float(value)
+
+
+class Schedule(ABC):
+    """A barrier parameter that changes with the committed windows: `mu`, `tick`, and the state."""
+
+    @property
+    @abstractmethod
+    def mu(self) -> float:
+        """The barrier parameter now in force, in units of the scales."""
+
+    @abstractmethod
+    def tick(self, readings: Readings) -> None:
+        """One committed window has passed, with these readings of the bounds."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+
+class ConstantSchedule(Schedule):
+    """A mu that never changes.
+
+    Args:
+        mu: The barrier parameter, > 0, in units of the scales.
+
+    Raises:
+        ValueError: ``mu`` not a positive number.
+
+    Example:
+        >>> ConstantSchedule(0.1).mu
+        0.1
+    """
+
+    def __init__(self, mu: float) -> None:
+        self._mu = _positive("mu", mu)
+
+    @property
+    def mu(self) -> float:
+        return self._mu
+
+    def tick(self, readings: Readings) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class ExponentialSchedule(Schedule):
+    r"""The paper's schedule: mu falls by the same factor each window, then stays.
+
+    .. math:: \mu_t = \text{start} \, (\text{end} / \text{start})^{\min(t, \text{steps}) / \text{steps}}
+
+    Args:
+        start: mu of the first window, > 0.
+        end: mu from window ``steps`` on, > 0.
+        steps: Number of committed windows between the two, >= 1.
+
+    Raises:
+        ValueError: A parameter outside its range.
+
+    Example:
+        >>> ExponentialSchedule(1.0, 1e-2, steps=1000).mu
+        1.0
+
+    Source: L3Ms (arXiv 2410.21533), figure 1 (mu from 1 to 0.01).
+    """
+
+    def __init__(self, start: float, end: float, steps: int) -> None:
+        self.start, self.end = _positive("start", start), _positive("end", end)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r}; allowed: an integer >= 1")
+        self.steps, self.ticks = steps, 0
+
+    @property
+    def mu(self) -> float:
+        done = min(self.ticks, self.steps) / self.steps
+        return self.start * (self.end / self.start) ** done
+
+    def tick(self, readings: Readings) -> None:
+        self.ticks += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ticks": self.ticks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ticks = int(state["ticks"])
+
+
+class AdaptiveSchedule(Schedule):
+    r"""mu falls only when every bound is met and the estimates resolve the next width; needs no horizon.
+
+    A tick multiplies mu by ``factor`` if, for every measured bound, z <= 0 and the next :math:`s = \mu^2` is
+    larger than both the noise of z and its last movement: below either of these the multiplier
+    would follow the noise (or the optimizer's own steps) instead of the constraint. Otherwise mu holds.
+
+    Args:
+        start: First mu, > 0.
+        end: Smallest mu, > 0.
+        factor: In (0, 1).
+
+    Raises:
+        ValueError: A parameter outside its range.
+
+    Example:
+        >>> AdaptiveSchedule().mu
+        1.0
+
+    Source: barrierlm.
+    """
+
+    def __init__(self, start: float = 1.0, end: float = 1e-3, factor: float = 0.9) -> None:
+        self._mu, self.end = _positive("start", start), _positive("end", end)
+        if not 0 < factor < 1:
+            raise ValueError(f"factor={factor!r}; allowed: 0 < factor < 1")
+        self.factor = float(factor)
+        self._last_z = torch.zeros(0, dtype=torch.float64)
+
+    @property
+    def mu(self) -> float:
+        return self._mu
+
+    def tick(self, readings: Readings) -> None:
+        z, noise, known = readings
+        if not known.any():
+            return
+        last: Tensor = self._last_z if len(self._last_z) == len(z) else torch.full_like(z, math.inf)
+        self._last_z = torch.where(known, z, math.inf)
+        target = self._mu * self.factor
+        coarse = torch.maximum(noise, (z - last).abs())
+        if bool(((z <= 0) & (coarse <= target**2))[known].all()):
+            self._mu = max(min(self._mu, self.end), target)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mu": self._mu, "last_z": self._last_z.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._mu = float(state["mu"])
+        self._last_z = state["last_z"].detach().cpu().clone()
