@@ -1,1 +1,17 @@
-"""Per-sequence log-probabilities."""
+"""Per-sequence log-probabilities of packed sequences, and their gradients, in little memory."""
+
+from .linear_sequence_logprob import linear_sequence_logprob
+from .linear_weighted_logprob import linear_weighted_logprob
+from .padded import PackedRows, padded_to_packed
+from .results import SequenceLogProbs, WeightedLogProb
+from .sequence_logprob import sequence_logprob
+
+__all__ = [
+    "PackedRows",
+    "SequenceLogProbs",
+    "WeightedLogProb",
+    "linear_sequence_logprob",
+    "linear_weighted_logprob",
+    "padded_to_packed",
+    "sequence_logprob",
+]

@@ -1,0 +1,200 @@
+"""Log-softmax statistics and gradients of rows of logits, one cache-sized tile of rows at a time.
+
+For one row z, with c the softcap and T the temperature (softcap first, temperature second):
+
+    x_j = (y_j - max y) / T,   y = c tanh(z / c)      s = sum_j exp(x_j)
+    log p_t = x_t - log s                             H = log s - e,   e = sum_j exp(x_j) x_j / s
+    d log p_t / d y_j = (1[j = t] - p_j) / T          dH / d y_j = -p_j (x_j - e) / T
+    dy_j / dz_j = 1 - (y_j / c)^2
+
+The maximum and log s are never added up: for logits around 1e4 their fp32 sum has lost the digits that
+log p_t needs. All of this is done in fp32 (fp64 for fp64 logits), whatever dtype holds the logits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# exp(x) is exactly 0 below this in fp32 and fp64, so clamping x here changes no sum; it turns 0 * -inf (the
+# entropy of a masked vocabulary entry) into 0 * -1000.
+_LOWEST = -1000.0
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def spans(total: int, at_most: int) -> Iterator[tuple[int, int]]:
+    """Cut range(total) into the fewest spans of at most `at_most`, of nearly equal length."""
+    count = -(-total // at_most)
+    for i in range(count):
+        yield total * i // count, total * (i + 1) // count
+
+
+class RowSoftmax:
+    """Statistics of `rows` rows of logits, and the gradient with respect to those logits.
+
+    Rows are handed over in blocks. A block is a matrix [k, V] in any floating dtype, `start` the number of its
+    first row. The statistics stay here, [rows] each, so that a backward pass can pick them up.
+    """
+
+    def __init__(
+        self, rows: int, vocab: int, like: Tensor, *, temperature: float, softcap: float | None, entropy: bool
+    ) -> None:
+        self.dtype = accumulation_dtype(like.dtype)
+        self.temperature, self.softcap, self.want_entropy = temperature, softcap, entropy
+        self.peak = like.new_zeros(rows, dtype=self.dtype)
+        self.total = torch.ones_like(self.peak)
+        self.logps = torch.zeros_like(self.peak)
+        self.moment = torch.zeros_like(self.peak)
+        # On a CPU the passes over a tile should find it in the L2 cache; on an accelerator a tile is one
+        # launch of each pass, so it should be large.
+        tile_bytes = 2**20 if like.device.type == "cpu" else 2**26
+        self.tile_rows = max(1, min(rows, tile_bytes // (vocab * self.dtype.itemsize)))
+        self.vocab, self._like = vocab, like
+        self._scratch: dict[str, Tensor] = {}
+
+    def entropies(self) -> Tensor:
+        """Entropy of each row, nats."""
+        return self.total.log() - self.moment
+
+    def resume(
+        self, statistics: list[Tensor], counted: Tensor, grad_logps: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take up (peak, total, logps, moment) of an earlier pass, for the given upstream gradients [N].
+
+        Returns which rows are live (counted, with an upstream gradient), and the gradients, 0 elsewhere. Dead
+        rows get an infinite peak: their softmax, hence their gradient, is 0 for any finite logits.
+        """
+        live = torch.zeros_like(counted)
+        for grad in (grad_logps, grad_entropy):
+            if grad is not None:
+                live = live | (counted & (grad != 0))
+        peak, total, logps, moment = statistics
+        self.peak = torch.where(live, peak, torch.inf)
+        self.total = torch.where(live, total, 1)
+        self.logps, self.moment = torch.where(live, logps, 0), torch.where(live, moment, 0)
+        grad_logps = torch.zeros_like(self.peak) if grad_logps is None else torch.where(live, grad_logps, 0)
+        return live, grad_logps, None if grad_entropy is None else torch.where(live, grad_entropy, 0)
+
+    def measure(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        start: int,
+        bias: Tensor | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Fill in the statistics of a block; with `overwrite` it may serve as the work space."""
+        for lo, hi in spans(len(logits), self.tile_rows):
+            block = logits[lo:hi]
+            tile = self._load(block, block if overwrite else None, bias)
+            self._measure(tile, targets[lo:hi], start + lo)
+
+    def measure_and_differentiate_(
+        self, logits: Tensor, targets: Tensor, start: int, grad_logps: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """`measure_`, and turn `logits` in place into the gradient for `grad_logps` [k]. Without entropy."""
+        for lo, hi in spans(len(logits), self.tile_rows):
+            block = logits[lo:hi]
+            tile = self._load(block, block, bias)
+            self._measure(tile, targets[lo:hi], start + lo)
+            self._finish(tile, block, targets[lo:hi], start + lo, grad_logps[lo:hi], None)
+
+    def differentiate(
+        self,
+        logits: Tensor,
+        out: Tensor,
+        targets: Tensor,
+        start: int,
+        grad_logps: Tensor,
+        grad_entropy: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Write the gradient of a measured block into `out`, which may be `logits` itself."""
+        for lo, hi in spans(len(logits), self.tile_rows):
+            source = logits[lo:hi]
+            block = source if out is logits else out[lo:hi]
+            rows = slice(start + lo, start + hi)
+            tile = self._load(source, block, bias)
+            tile.sub_(self.peak[rows, None])
+            self._temper(tile)
+            entropy_part = None
+            if grad_entropy is None:
+                tile.exp_()
+            else:
+                entropy_part = grad_entropy[lo:hi]
+            self._finish(tile, block, targets[lo:hi], start + lo, grad_logps[lo:hi], entropy_part)
+
+    def _buffer(self, name: str, rows: int) -> Tensor:
+        if name not in self._scratch:
+            self._scratch[name] = self._like.new_empty(self.tile_rows, self.vocab, dtype=self.dtype)
+        return self._scratch[name][:rows]
+
+    def _load(self, source: Tensor, out: Tensor | None, bias: Tensor | None) -> Tensor:
+        """y of the softcap, in `out` if that is given and has the accumulation dtype."""
+        if out is None or out.dtype != self.dtype:
+            out = self._buffer("tile", len(source))
+        tile = out
+        if tile is not source:
+            tile.copy_(source)
+        if bias is not None:
+            tile.add_(bias)
+        if self.softcap is not None:
+            tile.div_(self.softcap).tanh_()
+            self._buffer("slope", len(tile)).copy_(tile)
+            tile.mul_(self.softcap)
+        return tile
+
+    def _temper(self, tile: Tensor) -> None:
+        if self.temperature != 1.0:
+            tile.div_(self.temperature)
+
+    def _measure(self, tile: Tensor, targets: Tensor, start: int) -> None:
+        """Statistics of a tile of y, which becomes exp(x) (or, with entropy, no matter what)."""
+        rows = slice(start, start + len(tile))
+        peak = torch.amax(tile, 1, out=self.peak[rows])
+        tile.sub_(peak[:, None])
+        self._temper(tile)
+        picked = tile.gather(1, targets[:, None])[:, 0]
+        if self.want_entropy:
+            work = torch.exp(tile.clamp_(min=_LOWEST), out=self._buffer("work", len(tile)))
+            total = torch.sum(work, 1, out=self.total[rows])
+            torch.div(work.mul_(tile).sum(1), total, out=self.moment[rows])
+        else:
+            total = torch.sum(tile.exp_(), 1, out=self.total[rows])
+        torch.sub(picked, total.log(), out=self.logps[rows])
+
+    def _finish(
+        self,
+        tile: Tensor,
+        out: Tensor,
+        targets: Tensor,
+        start: int,
+        grad_logps: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> None:
+        """From exp(x) (or from x, with an entropy gradient) to the gradient with respect to the logits."""
+        rows = slice(start, start + len(tile))
+        total, logps = self.total[rows], self.logps[rows]
+        grad_logps = grad_logps / self.temperature
+        # At the target 1 - p is -expm1(log p): the difference would lose digits where p is nearly 1.
+        at_target = grad_logps * -torch.expm1(logps)
+        if grad_entropy is None:
+            tile.mul_((-grad_logps / total)[:, None])
+        else:
+            grad_entropy = grad_entropy / self.temperature
+            moment = self.moment[rows]
+            work = torch.exp(tile.clamp_(min=_LOWEST), out=self._buffer("work", len(tile)))
+            picked = tile.gather(1, targets[:, None])[:, 0]
+            at_target -= grad_entropy * logps.exp() * (picked - moment)
+            tile.sub_(moment[:, None]).mul_(-grad_entropy[:, None]).sub_(grad_logps[:, None])
+            tile.mul_(work.div_(total[:, None]))
+        tile.scatter_(1, targets[:, None], at_target[:, None])  # one element a row: no collisions
+        if self.softcap is not None:
+            tile.mul_(self._buffer("slope", len(tile)).square_().neg_().add_(1))
+        if tile is not out:
+            out.copy_(tile)
