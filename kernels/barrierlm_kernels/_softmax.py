@@ -1,4 +1,4 @@
-"""Log-softmax statistics and gradients of rows of logits, one cache-sized tile of rows at a time.
+"""Log-softmax statistics and gradients of rows of logits, one tile of rows at a time.
 
 For one row z, with c the softcap and T the temperature (softcap first, temperature second):
 
@@ -49,9 +49,9 @@ class RowSoftmax:
         self.total = torch.ones_like(self.peak)
         self.logps = torch.zeros_like(self.peak)
         self.moment = torch.zeros_like(self.peak)
-        # On a CPU the passes over a tile should find it in the L2 cache; on an accelerator a tile is one
-        # launch of each pass, so it should be large.
-        tile_bytes = 2**20 if like.device.type == "cpu" else 2**26
+        # Work space (fp32 copies, tanh, exp) is the size of one tile: small beside a chunk of logits, and large
+        # enough for the launch (or, on a CPU, the meeting of the threads) that each pass over it costs.
+        tile_bytes = 2**24 if like.device.type == "cpu" else 2**26
         self.tile_rows = max(1, min(rows, tile_bytes // (vocab * self.dtype.itemsize)))
         self.vocab, self._like = vocab, like
         self._scratch: dict[str, Tensor] = {}
@@ -89,7 +89,7 @@ class RowSoftmax:
         overwrite: bool = False,
     ) -> None:
         """Fill in the statistics of a block; with `overwrite` it may serve as the work space."""
-        for lo, hi in spans(len(logits), self.tile_rows):
+        for lo, hi in self._tiles(logits if overwrite else None, len(logits)):
             block = logits[lo:hi]
             tile = self._load(block, block if overwrite else None, bias)
             self._measure(tile, targets[lo:hi], start + lo)
@@ -98,7 +98,7 @@ class RowSoftmax:
         self, logits: Tensor, targets: Tensor, start: int, grad_logps: Tensor, bias: Tensor | None = None
     ) -> None:
         """`measure_`, and turn `logits` in place into the gradient for `grad_logps` [k]. Without entropy."""
-        for lo, hi in spans(len(logits), self.tile_rows):
+        for lo, hi in self._tiles(logits, len(logits)):
             block = logits[lo:hi]
             tile = self._load(block, block, bias)
             self._measure(tile, targets[lo:hi], start + lo)
@@ -115,7 +115,7 @@ class RowSoftmax:
         bias: Tensor | None = None,
     ) -> None:
         """Write the gradient of a measured block into `out`, which may be `logits` itself."""
-        for lo, hi in spans(len(logits), self.tile_rows):
+        for lo, hi in self._tiles(out, len(out)):
             source = logits[lo:hi]
             block = source if out is logits else out[lo:hi]
             rows = slice(start + lo, start + hi)
@@ -128,6 +128,11 @@ class RowSoftmax:
             else:
                 entropy_part = grad_entropy[lo:hi]
             self._finish(tile, block, targets[lo:hi], start + lo, grad_logps[lo:hi], entropy_part)
+
+    def _tiles(self, out: Tensor | None, rows: int) -> Iterator[tuple[int, int]]:
+        in_place = out is not None and out.dtype == self.dtype
+        needs_work_space = not in_place or self.softcap is not None or self.want_entropy
+        return spans(rows, self.tile_rows if needs_work_space else max(1, rows))
 
     def _buffer(self, name: str, rows: int) -> Tensor:
         if name not in self._scratch:
