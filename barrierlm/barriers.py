@@ -17,11 +17,13 @@ from torch import Tensor
 class Readings(NamedTuple):
     """What a committed window says about each bound, as vectors [m] in units of the constraints' scales.
 
-    ``z`` is the violation, ``noise`` the noise floor's share of its standard error (0 when exact or switched
-    off), ``known`` tells which bounds have been measured; the others hold 0.
+    ``z`` is the violation at the estimate, ``window_z`` at the mean of the newest window alone, ``noise`` the
+    noise floor's share of the estimate's standard error (0 when exact or switched off). ``known`` tells which
+    bounds the window has measured; the others hold 0.
     """
 
     z: Tensor
+    window_z: Tensor
     noise: Tensor
     known: Tensor
 
@@ -156,8 +158,8 @@ class RelaxedLogBarrier(Rule):
 
 #: Where the modified barrier's log gives way to a parabola, as a share of mu.
 _BETA = 0.5
-#: Learned multipliers stay in this range: below it they could not grow back, above it fp32 gradients suffer.
-_MIN_MULTIPLIER, _MAX_MULTIPLIER = 1e-4, 1e6
+#: Learned multipliers stay below this, so that bounds that cannot be met do not end in infinities.
+_MAX_MULTIPLIER = 1e4
 
 
 def _psi(u: Tensor) -> Tensor:
@@ -175,18 +177,24 @@ def _psi_slope(u: Tensor) -> Tensor:
 
 
 class _Learner(Rule):
-    """Learned multipliers: what `ModifiedBarrier` and `AdaptiveBarrier` share.
+    r"""Learned multipliers: what `ModifiedBarrier` and `AdaptiveBarrier` share.
 
-    log(learned) moves by ``step / (1 + age / decay) * log psi'(z / mu)``: undamped (step 1) this is the
-    classical update, which overshoots from an infeasible start. A bound's age counts its noisy windows, since
-    averaging is what a decaying step is for: exact constraints keep the full step. The age restarts when the
-    bound has been violated for `patience` windows in a row.
+    .. math:: \hat\lambda \leftarrow \hat\lambda + \frac{\gamma}{1 + t/\tau} \max(1, \hat\lambda) \,
+              \operatorname{clamp}(z_\text{window}, -1, 1)
+
+    The classical update, :math:`\hat\lambda \psi'(z/\mu)`, is for solved inner problems: undamped it overshoots
+    from an infeasible start, and purely multiplicative it cannot grow back from nearly 0. The newest window's z
+    is used because the sum over steps averages by itself; an averaged z would only add delay. A bound's age t
+    counts its noisy windows, since averaging is what a decaying step is for: exact constraints keep the full
+    step. The age restarts after a sustained violation: beyond its noise for `patience` windows in a row that
+    brought it down by less than a tenth.
     """
 
     learned: Tensor
     age: Tensor
-    violated: Tensor
-    _learned: tuple[str, ...] = ("learned", "age", "violated")
+    stalled: Tensor
+    stalled_at: Tensor
+    _learned: tuple[str, ...] = ("learned", "age", "stalled", "stalled_at")
 
     def __init__(self, step: float, decay: float, patience: int) -> None:
         if not 0 < step <= 1:
@@ -200,35 +208,43 @@ class _Learner(Rule):
     def start(self, num_bounds: int) -> None:
         self.learned = torch.ones(num_bounds, dtype=torch.float64)
         self.age = torch.zeros(num_bounds, dtype=torch.float64)
-        self.violated = torch.zeros(num_bounds, dtype=torch.float64)
+        self.stalled = torch.zeros(num_bounds, dtype=torch.float64)
+        self.stalled_at = torch.zeros(num_bounds, dtype=torch.float64)
 
-    def _learn(self, readings: Readings, mu: Tensor, mask: Tensor) -> None:
-        """One damped step for the bounds in ``mask`` [m], and every bound's count of windows in violation."""
-        z, noise, known = readings
-        violated = torch.where(known, torch.where(z > 0, self.violated + 1, 0.0), self.violated)
-        restart = mask & (violated >= self.patience)
+    def _sustained(self, readings: Readings) -> Tensor:
+        """Count the windows in which a violation does not come down; which bounds [m] have used up patience."""
+        violated = readings.known & (readings.z > 2 * readings.noise)
+        fresh = violated & ((self.stalled == 0) | (readings.z < 0.9 * self.stalled_at))
+        self.stalled_at = torch.where(fresh, readings.z, self.stalled_at)
+        count = torch.where(fresh, 1.0, self.stalled + violated)
+        count = torch.where(readings.known & ~violated, 0.0, count)
+        sustained = count >= self.patience
+        self.stalled = torch.where(sustained, 0.0, count)
+        return sustained
+
+    def _learn(self, readings: Readings, mask: Tensor, restart: Tensor) -> None:
+        """One damped step for the bounds in ``mask`` [m], at full size where ``restart`` [m]."""
         age = torch.where(restart, 0.0, self.age)
-        rate = self.step / (1 + age / self.decay)
-        moved = (self.learned.log() + rate * _psi_slope(z / mu).log()).exp()
-        self.learned = torch.where(mask, moved, self.learned).clamp(_MIN_MULTIPLIER, _MAX_MULTIPLIER)
-        self.age = torch.where(mask & (noise > 0), age + 1, age)
-        self.violated = torch.where(restart, 0.0, violated)
+        move = self.step / (1 + age / self.decay) * self.learned.clamp(min=1) * readings.window_z.clamp(-1, 1)
+        learned = (self.learned + move).clamp(0, _MAX_MULTIPLIER)
+        self.learned = torch.where(mask, learned, self.learned)
+        self.age = torch.where(mask & (readings.noise > 0), age + 1, age)
 
 
 class ModifiedBarrier(_Learner):
     r"""Learned multipliers on a shifted log barrier: exact at a fixed mu, with no m mu bias.
 
     .. math:: B(z) = \mu \hat\lambda \, \psi(z/\mu), \quad \psi(u) = -\log(1-u), \qquad
-              \hat\lambda \leftarrow \hat\lambda \, \psi'(z/\mu)^{\gamma_t}, \quad
+              \hat\lambda \leftarrow \hat\lambda + \gamma_t \max(1, \hat\lambda) \, z, \quad
               \gamma_t = \gamma_0 / (1 + t/\tau)
 
     continued by a parabola for u > 1/2 (relaxed extrapolation). Needs no schedule.
 
     Args:
         mu: The fixed barrier parameter, in units of the scale.
-        step: :math:`\gamma_0` in (0, 1]; 1 is the classical, undamped update.
+        step: :math:`\gamma_0` in (0, 1].
         decay: :math:`\tau`, in noisy windows, after which the step has halved.
-        patience: Windows in violation in a row after which the step starts over.
+        patience: Windows in a row with a violation that does not come down, after which the step starts over.
 
     Raises:
         ValueError: A parameter outside its range.
@@ -240,7 +256,7 @@ class ModifiedBarrier(_Learner):
     Source: Polyak 1992; Nash, Polyak and Sofer 1994 (extrapolation).
     """
 
-    def __init__(self, mu: float = 0.5, *, step: float = 0.1, decay: float = 100.0, patience: int = 20) -> None:
+    def __init__(self, mu: float = 0.5, *, step: float = 0.05, decay: float = 100.0, patience: int = 20) -> None:
         super().__init__(step, decay, patience)
         if not (mu > 0 and math.isfinite(mu)):
             raise ValueError(f"mu={mu!r}; allowed: mu > 0")
@@ -256,7 +272,7 @@ class ModifiedBarrier(_Learner):
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """The damped multiplier step of every measured bound."""
-        self._learn(readings, mu, readings.known)
+        self._learn(readings, readings.known, self._sustained(readings))
 
 
 class AdaptiveBarrier(_Learner):
@@ -264,15 +280,15 @@ class AdaptiveBarrier(_Learner):
 
     Each bound starts as `RelaxedLogBarrier` (linear extension), which reaches feasibility from anywhere
     without overshoot. Its plug-in multiplier mu/(-z) is only as good as z is precise, so mu cannot fall past
-    the noise of the estimates, and a bias of mu per bound would stay. At that point, or when a bound has been
-    violated for `patience` windows (its multiplier, at most mu/s, is too small), the bound keeps its mu and
+    the noise of the estimates, and a bias of mu per bound would stay. At that point, or when a violation does
+    not come down for `patience` windows (its multiplier, at most mu/s, is too small), the bound keeps its mu and
     becomes a `ModifiedBarrier` that starts from the multiplier then in force: nothing jumps. A learning
-    bound that stays violated takes at least the relaxed barrier's multiplier again and learns at full step.
+    bound that stays violated learns at full step again.
 
     Args:
         step: Initial step of the learned multipliers, in (0, 1].
         decay: Noisy windows after which the step has halved.
-        patience: Windows in violation in a row that count as a sustained violation.
+        patience: Windows in a row with a violation that does not come down: a sustained violation.
 
     Raises:
         ValueError: A parameter outside its range.
@@ -285,12 +301,12 @@ class AdaptiveBarrier(_Learner):
     """
 
     frozen_mu: Tensor
-    _learned = ("learned", "age", "violated", "frozen_mu")
+    _learned = ("learned", "age", "stalled", "stalled_at", "frozen_mu")
 
     #: The share of s from which on the noise counts as having stopped mu: just under one AdaptiveSchedule step.
     _STOPPED = 0.8
 
-    def __init__(self, *, step: float = 0.1, decay: float = 100.0, patience: int = 20) -> None:
+    def __init__(self, *, step: float = 0.05, decay: float = 100.0, patience: int = 20) -> None:
         super().__init__(step, decay, patience)
         self._relaxed = RelaxedLogBarrier()
 
@@ -321,17 +337,11 @@ class AdaptiveBarrier(_Learner):
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """Learn where handed over; hand over where noise or a sustained violation says so."""
-        z, noise, known = readings
-        sustained = known & (z > 0) & (self.violated + 1 >= self.patience)
-        stopped = bool((known & (noise >= self._STOPPED * mu**2)).any())
-        in_force = torch.maximum(
-            self.multiplier(z, mu, s), torch.where(sustained, self._relaxed.multiplier(z, mu, s), 0.0)
-        )
-        hand_over = known & ~self.learning & (sustained | stopped)
-        learning = self.learning & known
-        own = torch.where(self.learning, self.frozen_mu, mu)
+        learning, known = self.learning, readings.known
+        sustained = self._sustained(readings)
+        stopped = (known & (readings.noise >= self._STOPPED * mu**2)).any()
+        hand_over = known & ~learning & (sustained | stopped)
+        implied = self.multiplier(readings.z, mu, s) / _psi_slope(readings.z / mu)
+        self._learn(readings, learning & known, sustained)
+        self.learned = torch.where(hand_over, implied, self.learned)
         self.frozen_mu = torch.where(hand_over, mu, self.frozen_mu)
-        start = in_force / _psi_slope(z / own)
-        self.learned = torch.where(hand_over | (learning & sustained), start, self.learned)
-        self._learn(readings, own, learning)
-        self.violated = torch.where(hand_over, 0.0, self.violated)

@@ -58,11 +58,16 @@ class Committed:
             if not bool((rows[:, Column.COUNT] > 0).any()):
                 return False
             mu, s = self.mu, self.s
+            window_mean = self.estimator.center + rows[:, Column.SUM] / rows[:, Column.COUNT]
             self.scales.update(rows, self.estimator.center)
-            self.estimator.update(rows)
+            measured = self.estimator.update(rows)
             self.positions.update(rows)
             if tick:
                 readings, near = self._read()
+                known = readings.known & measured[self.bounds.index]
+                window_z = self.bounds.violation(window_mean, self.scales.value)
+                z, window_z, noise = (torch.where(known, x, 0.0) for x in (readings.z, window_z, readings.noise))
+                readings = Readings(z, window_z, noise, known)
                 self.rule.update(readings, mu, s)
                 self.schedule.tick(readings)
                 self.watch.update(readings.z, near)
@@ -118,12 +123,13 @@ class Committed:
         # A standard error that is not known yet counts as one scale.
         noise = self.noise_floor * stderr.nan_to_num(1.0)
         zero = torch.zeros_like(z)
-        return Readings(torch.where(known, z, zero), torch.where(known, noise, zero), known), tolerance(stderr)
+        z = torch.where(known, z, zero)
+        return Readings(z, z, torch.where(known, noise, zero), known), tolerance(stderr)
 
     def _refresh(self) -> None:
         """Multipliers, weights and rows for the next window, from the committed estimates."""
         readings, tol = self._read()
-        z, noise, known = readings
+        z, _, noise, known = readings
         base = torch.full_like(z, self.base_mu)
         if self.rule.s is None:
             mu = torch.maximum(base, noise.sqrt())

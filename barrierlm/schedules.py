@@ -145,7 +145,7 @@ class AdaptiveSchedule(Schedule):
         return self._mu
 
     def tick(self, readings: Readings) -> None:
-        z, noise, known = readings
+        z, noise, known = readings.z, readings.noise, readings.known
         if not known.any():
             return
         last: Tensor = self._last_z if len(self._last_z) == len(z) else torch.full_like(z, math.inf)
