@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
             "overrides",
             nargs="*",
             metavar="key=value",
-            help="any option, such as optim.steps=100; see `barrierlm options`",
+            help="any option; `barrierlm options` lists them",
         )
     return parser
 

@@ -1,0 +1,113 @@
+"""Checkpoints: everything the next step depends on, written so that a crash leaves none half-written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from barrierlm import BarrierObjective
+
+_KEEP = 2
+
+
+class Checkpoints:
+    """Folders ``step-000020`` with the trained weights, optimizer, objective and random states.
+
+    The data position needs no saving: `DataOrder` is a function of the step.
+
+    Args:
+        folder: Where they are; the newest two are kept.
+        accelerator: Of the run; every process calls `save` and `load`.
+        weights: The trained parameters.
+        optimizer: Their optimizer.
+        objective: Or None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Any,
+        weights: Sequence[nn.Parameter],
+        optimizer: Any,
+        objective: BarrierObjective | None,
+    ) -> None:
+        self.folder, self.accelerator = folder, accelerator
+        self.weights, self.optimizer, self.objective = weights, optimizer, objective
+
+    def save(self, step: int) -> None:
+        """Save after ``step`` optimizer steps: into a temporary folder, renamed when complete."""
+        target, unfinished = self.folder / f"step-{step:06d}", self.folder / f".unfinished-{step:06d}"
+        main, rank = self.accelerator.is_main_process, self.accelerator.process_index
+        if main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            state = {
+                "step": step,
+                "world": self.accelerator.num_processes,
+                "weights": [p.detach().cpu() for p in self.weights],
+                "optimizer": self.optimizer.state_dict(),
+                "objective": None if self.objective is None else self.objective.state_dict(),
+            }
+            torch.save(state, unfinished / "state.pt")
+        self.accelerator.wait_for_everyone()
+        torch.save(_random_state(), unfinished / f"random-{rank}.pt")
+        self.accelerator.wait_for_everyone()
+        if main:
+            shutil.rmtree(target, ignore_errors=True)
+            unfinished.rename(target)
+            for old in self._complete()[:-_KEEP]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> int:
+        """Restore the newest checkpoint.
+
+        Returns:
+            The number of optimizer steps that it had taken.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is of another number of processes, other weights, or other constraints.
+        """
+        complete = self._complete()
+        if not complete:
+            raise FileNotFoundError(
+                f"resume=true: no checkpoint in {self.folder}; allowed: after a run with checkpoint_every > 0"
+            )
+        newest = complete[-1]
+        state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+        if state["world"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{newest} is of {state['world']} processes, this run has {self.accelerator.num_processes}; "
+                "allowed: the same number"
+            )
+        shapes, given = [p.shape for p in state["weights"]], [p.shape for p in self.weights]
+        if shapes != given or (state["objective"] is None) != (self.objective is None):
+            raise ValueError(f"{newest} is of another model or of other constraints; allowed: the same options")
+        if self.objective is not None:
+            self.objective.load_state_dict(state["objective"])
+        with torch.no_grad():
+            for p, saved in zip(self.weights, state["weights"], strict=True):
+                p.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        rank = self.accelerator.process_index
+        _set_random_state(torch.load(newest / f"random-{rank}.pt", map_location="cpu", weights_only=True))
+        return int(state["step"])
+
+    def _complete(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+
+def _random_state() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,280 @@
+"""Cost functions: what a constraint averages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from barrierlm import Sampled
+
+from .extras import missing_extra
+from .model import Policy, Sequences, lay_out
+from .options import ConstraintOptions
+from .rollout import Rollout
+
+#: TRL's signature of a reward function.
+CostFunction = Callable[..., Sequence[float]]
+
+
+class Cost(ABC):
+    """What one constraint measures on sampled responses."""
+
+    @abstractmethod
+    def measure(self, rollouts: Sequence[Rollout], logps: Tensor, sequences: Sequences, policy: Policy) -> Measure:
+        """Costs of the responses, given their token log-probabilities ``logps`` [T] (detached)."""
+
+
+class Measure:
+    """Costs of B responses: one number each, or one per token."""
+
+    def __init__(self, costs: Tensor, cu_seqlens: Tensor | None = None) -> None:
+        self.costs, self.cu_seqlens = costs, cu_seqlens
+
+    def per_response(self) -> Tensor:
+        """[B], fp64."""
+        costs = self.costs.double()
+        return costs if self.cu_seqlens is None else segment_sum(costs, self.cu_seqlens)
+
+    def sampled(self, logps: Tensor, cu_seqlens: Tensor, groups: Tensor | None) -> Sampled:
+        """The measurement for the objective, with gradient through the token log-probabilities [T]."""
+        if self.cu_seqlens is not None:
+            return Sampled.per_token(self.costs, logps, self.cu_seqlens, groups=groups)
+        return Sampled(self.costs, segment_sum(logps, cu_seqlens), groups=groups)
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sums [B] over the tokens of each sequence; differentiable."""
+    lengths = cu_seqlens.diff().long()
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
+    return values.new_zeros(len(lengths)).index_add(0, owner, values)
+
+
+class LengthCost(Cost):
+    """Tokens of the response, its end of turn included; one per token."""
+
+    def measure(self, rollouts: Sequence[Rollout], logps: Tensor, sequences: Sequences, policy: Policy) -> Measure:
+        return Measure(torch.ones_like(logps), sequences.cu_seqlens)
+
+
+class KLCost(Cost):
+    """log p - log p_start of every token; its mean over responses is the KL to the starting model, in nats."""
+
+    def measure(self, rollouts: Sequence[Rollout], logps: Tensor, sequences: Sequences, policy: Policy) -> Measure:
+        return Measure(logps - policy.reference(sequences), sequences.cu_seqlens)
+
+
+class FunctionCost(Cost):
+    """A Python function in TRL's reward signature.
+
+    Args:
+        function: ``(prompts, completions, completion_ids, **columns) -> list of floats``; it is given those of
+            these arguments that it names, or all if it takes ``**kwargs``.
+        name: For error messages.
+    """
+
+    def __init__(self, function: CostFunction, name: str) -> None:
+        self.function, self.name = function, name
+        parameters = inspect.signature(function).parameters.values()
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._names = {p.name for p in parameters}
+
+    def measure(self, rollouts: Sequence[Rollout], logps: Tensor, sequences: Sequences, policy: Policy) -> Measure:
+        return Measure(torch.tensor(self(rollouts), dtype=torch.float32, device=logps.device))
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Call the function and check what it returns.
+
+        Raises:
+            TypeError: Not a sequence of numbers.
+            ValueError: Not one number per response.
+        """
+        arguments: dict[str, Any] = {
+            name: [r.prompt.pair.columns.get(name) for r in rollouts]
+            for name in {key for r in rollouts for key in r.prompt.pair.columns}
+        }
+        arguments |= {
+            "prompts": [r.prompt.pair.prompt for r in rollouts],
+            "completions": [r.text for r in rollouts],
+            "completion_ids": [r.ids for r in rollouts],
+        }
+        if not self._takes_all:
+            arguments = {name: value for name, value in arguments.items() if name in self._names}
+        values = self.function(**arguments)
+        if isinstance(values, Tensor):
+            values = values.tolist()
+        try:
+            floats = [float(value) for value in values]
+        except TypeError:
+            raise TypeError(f"cost {self.name} returned {_brief(values)}; allowed: a list of floats") from None
+        if len(floats) != len(rollouts):
+            raise ValueError(
+                f"cost {self.name} returned {len(floats)} values for {len(rollouts)} responses; allowed: one each"
+            )
+        return floats
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def sentiment_cost() -> CostFunction:
+    """VADER's compound score, from -1 (negative) to 1 (positive)."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ModuleNotFoundError:
+        raise missing_extra("cost 'sentiment'", "vaderSentiment") from None
+    analyzer = SentimentIntensityAnalyzer()
+
+    def sentiment(completions: list[str]) -> list[float]:
+        return [analyzer.polarity_scores(text)["compound"] for text in completions]
+
+    return sentiment
+
+
+def profanity_cost() -> CostFunction:
+    """Probability of profanity by alt-profanity-check's linear model, from 0 to 1."""
+    try:
+        from profanity_check import predict_prob
+    except ModuleNotFoundError:
+        raise missing_extra("cost 'profanity'", "alt-profanity-check") from None
+
+    def profanity(completions: list[str]) -> list[float]:
+        return [float(p) for p in predict_prob(completions)]
+
+    return profanity
+
+
+def reward_model_cost(name: str, *, device: torch.device | str = "cpu") -> CostFunction:
+    """Score of a sequence classifier: its one logit, or with ``#LABEL`` that label's probability.
+
+    Args:
+        name: Hugging Face name or folder, optionally followed by ``#LABEL``.
+        device: Where it runs.
+
+    Raises:
+        ValueError: Several labels and none named, or an unknown one.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source, _, label = name.partition("#")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForSequenceClassification.from_pretrained(source).to(device).eval()
+    labels = {str(text): int(index) for index, text in model.config.id2label.items()}
+    if (label and label not in labels) or (not label and len(labels) > 1):
+        raise ValueError(f"reward_model:{name}: allowed: reward_model:{source}#LABEL with LABEL in {', '.join(labels)}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        if tokenizer.chat_template is None:
+            inputs = tokenizer(prompts, completions, return_tensors="pt", padding=True, truncation=True)
+        else:
+            chats = [
+                [{"role": "user", "content": p}, {"role": "assistant", "content": c}]
+                for p, c in zip(prompts, completions, strict=True)
+            ]
+            texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, add_special_tokens=False)
+        with torch.no_grad():
+            logits = model(**inputs.to(device)).logits.float()
+        scores = logits.softmax(-1)[:, labels[label]] if label else logits[:, 0]
+        result: list[float] = scores.tolist()
+        return result
+
+    return reward
+
+
+def import_function(path: str) -> CostFunction:
+    """The function at ``path/to/file.py:function`` or ``package.module:function``. Runs that module's code.
+
+    Raises:
+        ValueError: No such file, module or function.
+    """
+    place, _, name = path.rpartition(":")
+    if place.endswith(".py"):
+        file = Path(place).resolve()
+        if not file.is_file():
+            raise ValueError(f"cost {path!r}: {file} is not a file; allowed: path/to/file.py:function")
+        spec = importlib.util.spec_from_file_location(f"barrierlm_user_{file.stem}", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"cost {path!r}: {error}; allowed: package.module:function") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value))
+        raise ValueError(f"cost {path!r}: no function {name!r}; allowed: {known or 'a function of that module'}")
+    result: CostFunction = function
+    return result
+
+
+def imported_costs(constraints: Mapping[str, ConstraintOptions]) -> list[str]:
+    """The cost functions whose code `load_costs` would import and run."""
+    costs = [c.cost for c in constraints.values() if c.cost]
+    return [cost for cost in costs if ":" in cost and not cost.startswith("reward_model:")]
+
+
+def load_costs(constraints: Mapping[str, ConstraintOptions], *, device: torch.device | str = "cpu") -> dict[str, Cost]:
+    """The cost of every constraint, by its name.
+
+    Args:
+        constraints: As in the options; costs are checked names or paths.
+        device: Where reward models run.
+
+    Raises:
+        ValueError: A function or label that does not exist.
+        ModuleNotFoundError: A package of the extra ``recipes`` is missing.
+    """
+    costs: dict[str, Cost] = {}
+    for name, constraint in constraints.items():
+        what = constraint.cost or name
+        if what == "length":
+            costs[name] = LengthCost()
+        elif what == "kl":
+            costs[name] = KLCost()
+        elif what == "sentiment":
+            costs[name] = FunctionCost(sentiment_cost(), what)
+        elif what == "profanity":
+            costs[name] = FunctionCost(profanity_cost(), what)
+        elif what.startswith("reward_model:"):
+            reward = reward_model_cost(what.removeprefix("reward_model:"), device=device)
+            costs[name] = FunctionCost(reward, what)
+        else:
+            costs[name] = FunctionCost(import_function(what), what)
+    return costs
+
+
+def measure_rollouts(
+    costs: Mapping[str, Cost], policy: Policy, rollouts: Sequence[Rollout], logps: Tensor
+) -> tuple[dict[str, Measure], Tensor]:
+    """Every cost of the responses, and the offsets [B+1] of their tokens.
+
+    Args:
+        costs: By constraint name.
+        policy: The model that the responses are from.
+        rollouts: B responses.
+        logps: Their token log-probabilities [T], one response after the other.
+    """
+    sequences = lay_out(
+        [r.prompt.prompt_ids for r in rollouts], [r.ids for r in rollouts], packed=policy.packed, device=logps.device
+    )
+    detached = logps.detach()
+    measures = {name: cost.measure(rollouts, detached, sequences, policy) for name, cost in costs.items()}
+    return measures, sequences.cu_seqlens

@@ -1,0 +1,179 @@
+"""Held-out evaluation: the task, and every constraint with its uncertainty."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.table import Table
+
+from .costs import measure_rollouts
+from .model import lay_out
+from .rollout import Rollout
+from .workspace import Workspace
+
+_SAMPLING_SEED = 20_240
+
+
+@dataclass(frozen=True)
+class ConstraintResult:
+    """Mean of one constraint over held-out prompts, one sampled response each.
+
+    ``satisfied``: the mean is within the bounds. ``censored``: share of responses cut at the token cap.
+    """
+
+    mean: float
+    stderr: float
+    lower: float | None
+    upper: float | None
+    satisfied: bool
+    censored: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the mean."""
+        return self.mean - 1.96 * self.stderr, self.mean + 1.96 * self.stderr
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``nll`` per held-out response token, ``seconds`` of training and evaluation, and every constraint."""
+
+    nll: float
+    seconds: float
+    constraints: dict[str, ConstraintResult]
+    samples: list[tuple[str, str]]
+    mean_tokens: float
+    censored: float
+
+    def summary(self) -> dict[str, Any]:
+        """The entry in summary.json."""
+        return {
+            "nll": self.nll,
+            "seconds": self.seconds,
+            "constraints": {name: asdict(result) for name, result in self.constraints.items()},
+        }
+
+
+def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
+    """Evaluate the model as it is; every process does its share.
+
+    Responses are sampled with seeds of their own, so that evaluating changes no later random number.
+
+    Args:
+        workspace: Model, data and costs.
+        seconds: What training took, to be added to the evaluation's own time.
+    """
+    began = time.perf_counter()
+    options, accelerator = workspace.options.evaluation, workspace.accelerator
+    rank, world = accelerator.process_index, accelerator.num_processes
+    pairs = workspace.heldout[: options.pairs][rank::world]
+    prompts = workspace.heldout[: options.prompts][rank::world]
+    policy, size = workspace.policy, options.batch_size
+    was_training = policy.lm.training
+    policy.lm.eval()
+    nll = tokens = 0.0
+    rollouts: list[Rollout] = []
+    values: dict[str, list[float]] = {name: [] for name in workspace.costs}
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(_SAMPLING_SEED + rank)
+        for start in range(0, len(pairs), size):
+            batch = pairs[start : start + size]
+            logps = _logps(workspace, [(t.prompt_ids, t.response_ids) for t in batch])
+            nll, tokens = nll - float(logps.double().sum()), tokens + len(logps)
+        for start in range(0, len(prompts), size):
+            sampled = workspace.sample(prompts[start : start + size])
+            rollouts += sampled
+            logps = _logps(workspace, [(r.prompt.prompt_ids, r.ids) for r in sampled])
+            measures, _ = measure_rollouts(workspace.costs, policy, sampled, logps)
+            for name, measure in measures.items():
+                values[name] += measure.per_response().tolist()
+    policy.lm.train(was_training)
+    shown = [(r.prompt.pair.prompt, r.text) for r in rollouts]
+    parts = gather_object([(nll, tokens, values, [(len(r.ids), r.censored) for r in rollouts], shown)])
+    lengths = [entry for part in parts for entry in part[3]]
+    share = sum(censored for _, censored in lengths) / len(lengths)
+    results = {
+        name: _result([v for part in parts for v in part[2][name]], bounds.lower, bounds.upper, share)
+        for name, bounds in workspace.options.constraints.items()
+    }
+    return Evaluation(
+        nll=sum(part[0] for part in parts) / sum(part[1] for part in parts),
+        seconds=seconds + time.perf_counter() - began,
+        constraints=results,
+        samples=[sample for part in parts for sample in part[4]][: options.samples],
+        mean_tokens=sum(length for length, _ in lengths) / len(lengths),
+        censored=share,
+    )
+
+
+def _logps(workspace: Workspace, sequences: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    policy = workspace.policy
+    laid_out = lay_out([p for p, _ in sequences], [r for _, r in sequences], packed=policy.packed, device=policy.device)
+    logps: torch.Tensor = policy(laid_out)
+    return logps
+
+
+def _result(values: list[float], lower: float | None, upper: float | None, censored: float) -> ConstraintResult:
+    x = torch.tensor(values, dtype=torch.float64)
+    mean, stderr = x.mean().item(), x.std().item() / math.sqrt(len(x))
+    satisfied = (lower is None or mean >= lower) and (upper is None or mean <= upper)
+    return ConstraintResult(mean, stderr, lower, upper, satisfied, censored)
+
+
+def write_summary(folder: Path, evaluations: Mapping[str, Evaluation]) -> None:
+    """Write ``summary.json``, and the sample responses to ``samples.jsonl``."""
+    summary = {"runs": {name: evaluation.summary() for name, evaluation in evaluations.items()}}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for name, evaluation in evaluations.items():
+            for prompt, response in evaluation.samples:
+                row = {"run": name, "prompt": prompt, "response": response}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def print_evaluations(console: Console, evaluations: Mapping[str, Evaluation]) -> None:
+    """One table of all runs, then a few sample responses side by side."""
+    table = Table(title="Held-out evaluation")
+    columns = "run", "NLL / token", "constraint", "mean", "95% interval", "bounds", "verdict", "censored", "seconds"
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("run", "constraint", "verdict") else "right")
+    for name, evaluation in evaluations.items():
+        head = [name, f"{evaluation.nll:.3f}"]
+        for constraint, result in evaluation.constraints.items():
+            low, high = result.interval
+            table.add_row(
+                *head,
+                constraint,
+                f"{result.mean:.3g}",
+                f"{low:.3g} to {high:.3g}",
+                f"{'-∞' if result.lower is None else f'{result.lower:g}'} to "
+                f"{'∞' if result.upper is None else f'{result.upper:g}'}",
+                "[green]met[/]" if result.satisfied else "[red]violated[/]",
+                f"{result.censored:.1%}",
+                f"{evaluation.seconds:.0f}",
+            )
+            head = ["", ""]
+        if not evaluation.constraints:
+            table.add_row(*head, "", "", "", "", "", f"{evaluation.censored:.1%}", f"{evaluation.seconds:.0f}")
+    console.print(table)
+    samples = Table(title="Sample responses", show_lines=True)
+    samples.add_column("prompt", ratio=1)
+    for name in evaluations:
+        samples.add_column(name, ratio=1)
+    for rows in zip(*(evaluation.samples for evaluation in evaluations.values()), strict=True):
+        samples.add_row(*(_plain(text) for text in (rows[0][0], *(response for _, response in rows))))
+    if samples.row_count:
+        console.print(samples)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,125 @@
+"""Every option of the recipe, once: the source of the YAML schema, the command line and the option table."""
+
+# ruff: noqa: RUF009 - `_option` returns a dataclass field
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _option(default: Any, help: str, **limits: Any) -> Any:
+    """A field with its help text and its range: ``low``, ``above`` (strict) and ``choices``."""
+    metadata = {"help": help, **limits}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelOptions:
+    """Which model is trained, and which of its weights."""
+
+    name: str = _option("smollm2-135m-instruct", "Hugging Face name or folder; the default is the packaged model")
+    dtype: str = _option(
+        "bfloat16", "precision of the forward pass; trained weights are fp32", choices=("bfloat16", "float32")
+    )
+    lora_rank: int = _option(16, "rank of the LoRA adapters; 0 trains every weight", low=0)
+    lora_alpha: float = _option(32.0, "LoRA scaling numerator (alpha / rank multiplies the update)", above=0)
+    lora_targets: str = _option("all-linear", "module names that get an adapter, comma-separated, or all-linear")
+
+
+@dataclass
+class DataOptions:
+    """Prompt/response pairs."""
+
+    source: str = _option("dialogues", "dialogues (packaged), a .jsonl file, or a dataset name or folder")
+    split: str = _option("train", "split of a Hugging Face dataset")
+    prompt_column: str = _option("prompt", "column of the prompt")
+    response_column: str = _option("response", "column of the response")
+    system_prompt: str | None = _option("", "system message of the chat template; null: the template's own")
+    max_prompt_tokens: int = _option(48, "longer prompts are left out", low=1)
+    max_response_tokens: int = _option(64, "longer responses are left out", low=1)
+    max_pairs: int | None = _option(None, "use only so many pairs, chosen once; null: all", low=2)
+    heldout_share: float = _option(0.05, "share of the conversations (or pairs) that is never trained on", above=0)
+    split_seed: int = _option(0, "seed of the choice and of the held-out split; leave it to compare runs")
+
+
+@dataclass
+class ConstraintOptions:
+    """One entry of ``constraints``: a cost function and the bounds of its mean."""
+
+    cost: str | None = _option(
+        None,
+        "length, sentiment, profanity, kl, path/to/file.py:function, package.module:function, or "
+        "reward_model:NAME[#LABEL]; null: the constraint's own name",
+    )
+    lower: float | None = _option(None, "smallest allowed mean, in the cost's unit")
+    upper: float | None = _option(None, "largest allowed mean, in the cost's unit")
+    scale: float | None = _option(None, "one unit of violation; null: chosen by the objective", above=0)
+
+
+@dataclass
+class ObjectiveOptions:
+    """How bounds become multipliers; the options of a part are its constructor's arguments."""
+
+    rule: str = _option("AdaptiveBarrier", "class name of the rule")
+    rule_options: dict[str, Any] = _option({}, "arguments of the rule")
+    schedule: str = _option("AdaptiveSchedule", "class name of the schedule of mu")
+    schedule_options: dict[str, Any] = _option({}, "arguments of the schedule")
+    estimator: str = _option("EMA", "class name of the estimator")
+    estimator_options: dict[str, Any] = _option({}, "arguments of the estimator")
+    noise_floor: float = _option(1.0, "s stays above this many standard errors; 0: off", low=0)
+
+
+@dataclass
+class RolloutOptions:
+    """Responses sampled from the model, at temperature 1 from the full distribution."""
+
+    prompts: int = _option(16, "prompts per micro-batch and process", low=1)
+    responses_per_prompt: int = _option(1, "responses per prompt; 2 or more use group baselines", low=1)
+    max_new_tokens: int = _option(48, "cap; at least twice an upper bound of a length constraint", low=1)
+
+
+@dataclass
+class OptimOptions:
+    """The loop."""
+
+    steps: int = _option(60, "optimizer steps", low=1)
+    batch_size: int = _option(8, "prompt/response pairs per micro-batch and process", low=1)
+    gradient_accumulation: int = _option(1, "micro-batches per optimizer step", low=1)
+    learning_rate: float = _option(5e-4, "peak learning rate of AdamW", above=0)
+    warmup_steps: int = _option(5, "steps of linear warm-up", low=0)
+    decay: str = _option("linear", "after the warm-up", choices=("linear", "cosine", "constant"))
+    min_learning_rate: float = _option(0.1, "end of the decay, as a share of the peak", low=0)
+    weight_decay: float = _option(0.0, "AdamW's decoupled weight decay", low=0)
+    max_grad_norm: float = _option(1.0, "gradient norm is clipped at this", above=0)
+
+
+@dataclass
+class EvaluationOptions:
+    """Held-out evaluation at the end."""
+
+    pairs: int = _option(256, "held-out pairs for the NLL", low=1)
+    prompts: int = _option(128, "held-out prompts, one sampled response each", low=2)
+    batch_size: int = _option(32, "responses sampled at once", low=1)
+    samples: int = _option(4, "sample responses to show", low=0)
+
+
+@dataclass
+class Options:
+    """All options of ``barrierlm finetune``."""
+
+    model: ModelOptions = _option(ModelOptions, "")
+    data: DataOptions = _option(DataOptions, "")
+    constraints: dict[str, ConstraintOptions] = _option({}, "by name; none: plain supervised fine-tuning")
+    objective: ObjectiveOptions = _option(ObjectiveOptions, "")
+    rollout: RolloutOptions = _option(RolloutOptions, "")
+    optim: OptimOptions = _option(OptimOptions, "")
+    evaluation: EvaluationOptions = _option(EvaluationOptions, "")
+    seed: int = _option(0, "seed of the data order, the adapters and the sampling", low=0)
+    output_dir: str = _option("runs/finetune", "folder of metrics, checkpoints, summary, figure and weights")
+    checkpoint_every: int = _option(0, "steps between checkpoints; 0: none", low=0)
+    resume: bool = _option(False, "continue from the newest checkpoint in output_dir")
+    save_model: bool = _option(True, "write the trained weights to output_dir/model")

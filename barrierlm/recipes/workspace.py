@@ -1,0 +1,126 @@
+"""What a run needs, loaded once: model, data, costs; and the objective of the options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import barrierlm
+from barrierlm import EMA, BarrierObjective, Constraint, Rule, Schedule
+
+from .config import ConfigError
+from .costs import Cost, imported_costs, load_costs
+from .data import Tokens, end_of_turn_id, load_pairs, split_pairs, tokenize_pairs
+from .model import Policy, load_policy, quiet_transformers
+from .options import Options
+from .rollout import Rollout, sample_responses
+
+
+@dataclass
+class Workspace:
+    """Model, data and costs; several runs may use them one after the other."""
+
+    options: Options
+    accelerator: Accelerator
+    console: Console
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    end_of_turn: int
+    train: list[Tokens]
+    heldout: list[Tokens]
+    costs: dict[str, Cost]
+    start: list[Tensor]
+
+    def reset(self) -> None:
+        """Put the trained weights back to where they started."""
+        with torch.no_grad():
+            for p, start in zip(self.policy.trained(), self.start, strict=True):
+                p.copy_(start)
+
+    def sample(self, prompts: list[Tokens]) -> list[Rollout]:
+        """One response per entry of ``prompts``, from the model as it is."""
+        return sample_responses(
+            self.policy,
+            self.tokenizer,
+            prompts,
+            end_of_turn=self.end_of_turn,
+            max_new_tokens=self.options.rollout.max_new_tokens,
+        )
+
+
+def open_workspace(options: Options) -> Workspace:
+    """Load model, data and costs as the options say; names the cost functions it imports before it does.
+
+    Raises:
+        ModuleNotFoundError: A package that an option needs is missing; names the extra.
+        ValueError: Data or cost functions that do not fit; says what is allowed.
+    """
+    accelerator = Accelerator(
+        gradient_accumulation_steps=options.optim.gradient_accumulation,
+        mixed_precision="no",  # `Policy` has its own autocast, the same in training and in sampling
+    )
+    console = Console(quiet=not accelerator.is_main_process)
+    for cost in imported_costs(options.constraints):
+        console.print(f"Importing cost function {cost} (this runs its module)", markup=False, highlight=False)
+    costs = load_costs(options.constraints, device=accelerator.device)
+    quiet_transformers()
+    with console.status("Loading the model"):
+        policy, tokenizer = load_policy(options.model, seed=options.seed)
+    policy.to(accelerator.device)
+    end_of_turn = end_of_turn_id(tokenizer)
+    with console.status("Preparing the data"):
+        train_pairs, heldout_pairs = split_pairs(load_pairs(options.data), options.data)
+        most = max(options.evaluation.pairs, options.evaluation.prompts)
+        train = tokenize_pairs(
+            train_pairs, tokenizer, options.data, end_of_turn=end_of_turn, limit=options.data.max_pairs
+        )
+        heldout = tokenize_pairs(heldout_pairs, tokenizer, options.data, end_of_turn=end_of_turn, limit=most)
+    console.print(
+        f"{options.model.name}: {sum(p.numel() for p in policy.trained()):,} of "
+        f"{sum(p.numel() for p in policy.parameters()):,} weights trained; "
+        f"{len(train):,} training and {len(heldout):,} held-out pairs",
+        highlight=False,
+    )
+    start = [p.detach().clone() for p in policy.trained()]
+    return Workspace(options, accelerator, console, policy, tokenizer, end_of_turn, train, heldout, costs, start)
+
+
+def build_objective(options: Options) -> BarrierObjective | None:
+    """The objective of the options; None without constraints.
+
+    Raises:
+        ConfigError: An unknown part, or options that it does not take.
+    """
+    if not options.constraints:
+        return None
+    given = options.objective
+    return BarrierObjective(
+        None,
+        [Constraint(name, lower=c.lower, upper=c.upper, scale=c.scale) for name, c in options.constraints.items()],
+        rule=_part("rule", given.rule, given.rule_options, Rule),
+        schedule=_part("schedule", given.schedule, given.schedule_options, Schedule),
+        estimator=_part("estimator", given.estimator, given.estimator_options, EMA),
+        noise_floor=given.noise_floor,
+    )
+
+
+def _part(kind: str, name: str, arguments: dict[str, Any], base: type) -> Any:
+    """An instance of the exported class ``name``, a concrete ``base``."""
+    exported = {key: getattr(barrierlm, key) for key in barrierlm.__all__}
+    allowed = {
+        key: value
+        for key, value in exported.items()
+        if isinstance(value, type) and issubclass(value, base) and not getattr(value, "__abstractmethods__", None)
+    }
+    if name not in allowed:
+        raise ConfigError(f"objective.{kind}={name!r}; allowed: {', '.join(sorted(allowed))}")
+    try:
+        return allowed[name](**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"objective.{kind}_options={arguments} of {name}: {error}") from None
