@@ -1,0 +1,21 @@
+"""Shared set-up: no network, one thread per worker, and a Hypothesis profile without wall-clock deadlines."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("barrierlm", deadline=None, max_examples=60, print_blob=True)
+settings.load_profile("barrierlm")
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

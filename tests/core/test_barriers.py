@@ -1,0 +1,235 @@
+"""Rules against the NumPy twin, and the laws of barriers as properties."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from barrierlm import AdaptiveBarrier, AugmentedLagrangian, DualAscent, LogBarrier, ModifiedBarrier, RelaxedLogBarrier
+from barrierlm.barriers import Readings
+
+from . import oracle
+
+F64 = torch.float64
+EXTENSIONS = [("linear", None), ("quadratic", None), ("polynomial", 2), ("polynomial", 4), ("polynomial", 6)]
+ALL = [*EXTENSIONS, ("exponential", None)]
+mus = st.floats(-6, 3).map(lambda e: 10.0**e)
+ratios = st.floats(-50, 20)  # z / s
+
+
+def make(extension, order):
+    return RelaxedLogBarrier(extension, order=order)
+
+
+def at(rule, z, mu, s):
+    z = torch.tensor([z], dtype=F64, requires_grad=True)
+    mu, s = torch.tensor([mu], dtype=F64), torch.tensor([s], dtype=F64)
+    value = rule.value(z, mu, s)
+    (slope,) = torch.autograd.grad(value.sum(), z)
+    return value.item(), slope.item(), rule.multiplier(z.detach(), mu, s).item()
+
+
+def readings(z, noise=0.0):
+    z = torch.tensor([z], dtype=F64)
+    return Readings(z, z, torch.tensor([noise], dtype=F64), torch.tensor([True]))
+
+
+@pytest.mark.parametrize(("extension", "order"), ALL)
+@given(r=ratios, mu=mus, s=mus)
+def test_relaxed_is_the_formula(extension, order, r, mu, s):
+    z = r * s
+    value, slope, multiplier = at(make(extension, order), z, mu, s)
+    expected, expected_slope = oracle.relaxed(extension, z, mu, s, order)
+    assert value == pytest.approx(expected, rel=1e-9, abs=1e-12 * mu * (1 + abs(math.log(s))))
+    assert slope == pytest.approx(expected_slope, rel=1e-9)
+    assert multiplier == pytest.approx(expected_slope, rel=1e-9)
+
+
+@pytest.mark.parametrize(("extension", "order"), ALL)
+@given(mu=mus)
+def test_relaxed_joins_smoothly(extension, order, mu):
+    s = mu**2
+    eps = 1e-7
+    rule = make(extension, order)
+    below, above = (at(rule, -s * (1 + side * eps), mu, s) for side in (1, -1))
+    assert above[0] - below[0] == pytest.approx(mu / s * 2 * eps * s, rel=1e-4, abs=1e-12 * mu * (1 + abs(math.log(s))))
+    assert above[2] == pytest.approx(below[2], rel=1e-5)
+    if extension != "linear":  # C2: B'' = mu/s^2 on both sides
+        second = (at(rule, -s * (1 - 1e-4), mu, s)[2] - at(rule, -s, mu, s)[2]) / (1e-4 * s)
+        assert second == pytest.approx(mu / s**2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [*(make(*x) for x in ALL), ModifiedBarrier(), AdaptiveBarrier(), AugmentedLagrangian()],
+    ids=lambda r: type(r).__name__ + getattr(r, "extension", ""),
+)
+@given(a=ratios, b=ratios, mu=mus)
+def test_monotone_and_convex(rule, a, b, mu):
+    assume(a < b)
+    rule.start(1)
+    s = mu**2
+    at_a, at_b, middle = (at(rule, r * s, mu, s) for r in (a, b, (a + b) / 2))
+    slack = 1e-9 * (abs(at_a[0]) + abs(at_b[0])) + 1e-300
+    assert at_a[0] <= at_b[0] + slack
+    assert middle[0] <= (at_a[0] + at_b[0]) / 2 + slack
+    assert 0 <= at_a[2] <= at_b[2] * (1 + 1e-12)
+
+
+@given(mu=mus, z=st.floats(1e-6, 1e6))
+def test_log_barrier(mu, z):
+    assert at(LogBarrier(), -z, mu, 1.0)[::2] == pytest.approx(oracle.log_barrier(-z, mu))
+    one = torch.ones(1, dtype=F64)
+    assert LogBarrier().multiplier(z * one, mu * one, one).item() == math.inf
+    assert LogBarrier().value(0 * one, mu * one, one).item() == math.inf
+
+
+@given(mu=mus, u=st.floats(-50, 50), learned=st.floats(1e-3, 1e3))
+def test_modified_is_the_formula(mu, u, learned):
+    rule = ModifiedBarrier()
+    rule.start(1)
+    rule.learned = torch.tensor([learned], dtype=F64)
+    value, slope, multiplier = at(rule, u * mu, mu, 1.0)
+    expected, expected_slope = oracle.modified(u * mu, mu, learned)
+    assert value == pytest.approx(expected, rel=1e-9, abs=1e-12 * mu * learned)
+    assert slope == pytest.approx(expected_slope, rel=1e-9)
+    assert multiplier == pytest.approx(expected_slope, rel=1e-9)
+
+
+def test_relaxed_has_finite_gradients_everywhere():
+    for extension, order in ALL:
+        z = torch.tensor([-1e4, -1.0, -0.01, 0.0, 0.01, 1.0], dtype=torch.float32, requires_grad=True)
+        mu = torch.full_like(z, 0.1).detach()
+        value = make(extension, order).value(z, mu, mu * 5)
+        value.sum().backward()
+        assert torch.isfinite(value).all()
+        assert torch.isfinite(z.grad).all()
+
+
+def test_gradcheck():
+    z = torch.linspace(-3, 1.5, 10, dtype=F64, requires_grad=True)
+    mu = torch.full_like(z, 0.3).detach()
+    for rule in (*(make(*x) for x in ALL), ModifiedBarrier(), AdaptiveBarrier(), AugmentedLagrangian(), DualAscent()):
+        rule.start(10)
+        assert torch.autograd.gradcheck(lambda z, rule=rule: rule.value(z, mu, mu**2), z)
+
+
+# ---- learning
+
+
+def test_learning_step_decays_only_with_noise_and_restarts_when_stalled():
+    rule = ModifiedBarrier(step=0.1, decay=1.0, patience=3)
+    rule.start(1)
+    mu = s = torch.ones(1, dtype=F64)
+    rule.update(readings(0.5), mu, s)
+    rule.update(readings(0.5), mu, s)
+    assert rule.learned.item() == pytest.approx(1.05 * 1.05)  # exact: full steps, times max(1, lambda)
+    rule.start(1)
+    rule.update(readings(-0.5, noise=0.1), mu, s)
+    rule.update(readings(-0.5, noise=0.1), mu, s)
+    assert rule.learned.item() == pytest.approx(1 - 0.05 - 0.025)
+    for _ in range(3):  # three windows above the bound, beyond noise, without progress: full step again
+        rule.update(readings(0.5, noise=0.1), mu, s)
+    assert rule.age.item() == 1.0
+
+
+def test_a_violation_that_comes_down_is_not_stalled():
+    rule = ModifiedBarrier(patience=3, decay=1.0)
+    rule.start(1)
+    one = torch.ones(1, dtype=F64)
+    for k in range(12):
+        rule.update(readings(4.0 * 0.8**k, noise=1e-3), one, one)
+    assert rule.age.item() == 12
+
+
+@given(z=st.floats(-3, -0.01), mu=st.floats(0.2, 1.0))
+def test_hand_over_keeps_the_multiplier(z, mu):
+    rule = AdaptiveBarrier()
+    rule.start(1)
+    mu_t = torch.tensor([mu], dtype=F64)
+    before = rule.multiplier(torch.tensor([z], dtype=F64), mu_t, mu_t**2)
+    rule.update(readings(z, noise=mu**2), mu_t, mu_t**2)
+    assert rule.learning.all()
+    assert rule.multiplier(torch.tensor([z], dtype=F64), mu_t, mu_t**2).item() == pytest.approx(before.item())
+
+
+def test_no_hand_over_while_noise_is_small_and_the_bound_met():
+    rule = AdaptiveBarrier()
+    rule.start(1)
+    mu = torch.full((1,), 0.5, dtype=F64)
+    for _ in range(100):
+        rule.update(readings(-0.3, noise=0.1), mu, mu**2)
+    assert not rule.learning.any()
+
+
+def test_hand_over_when_the_cap_is_too_small():
+    rule = AdaptiveBarrier(patience=5)
+    rule.start(1)
+    mu = torch.ones(1, dtype=F64)
+    for _ in range(4):
+        rule.update(readings(0.7), mu, mu)
+    assert not rule.learning.any()
+    for _ in range(30):
+        rule.update(readings(0.7), mu, mu)
+    assert rule.multiplier(torch.tensor([0.7], dtype=F64), mu, mu).item() > 1.5  # mu/s was 1
+
+
+def test_multipliers_stay_bounded_when_a_bound_cannot_be_met():
+    for rule in (ModifiedBarrier(), AdaptiveBarrier()):
+        rule.start(1)
+        mu = torch.ones(1, dtype=F64)
+        for _ in range(2000):
+            rule.update(readings(0.5), mu, mu)
+        assert 1e3 < rule.multiplier(torch.tensor([0.5], dtype=F64), mu, mu).item() < 1e5
+
+
+def test_dual_ascent_and_augmented_lagrangian_steps():
+    one = torch.ones(1, dtype=F64)
+    dual = DualAscent(0.1, cap=0.15)
+    dual.start(1)
+    dual.update(readings(1.0), one, one)
+    assert dual.multiplier(one, one, one).item() == pytest.approx(0.1)
+    dual.update(readings(1.0), one, one)
+    assert dual.learned.item() == pytest.approx(0.15)
+    dual.update(readings(-9.0), one, one)
+    assert dual.learned.item() == 0.0
+    phr = AugmentedLagrangian(2.0, step=0.5)
+    phr.start(1)
+    phr.update(readings(1.0), one, one)
+    assert phr.learned.item() == pytest.approx(1.0)
+    assert phr.multiplier(-one, one, one).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("make_rule", "message"),
+    [
+        (lambda: RelaxedLogBarrier("cubic"), r"extension='cubic'; allowed: 'linear', 'quadratic'"),
+        (lambda: RelaxedLogBarrier("polynomial", order=3), r"order=3; allowed: an even integer >= 2"),
+        (lambda: RelaxedLogBarrier("linear", order=4), r"order=4 with extension='linear'"),
+        (lambda: RelaxedLogBarrier(s=0.0), r"s=0.0; allowed: s > 0"),
+        (lambda: ModifiedBarrier(mu=-1), r"mu=-1; allowed: mu > 0"),
+        (lambda: ModifiedBarrier(step=0), r"step=0; allowed: 0 < step <= 1"),
+        (lambda: ModifiedBarrier(decay=0), r"decay=0; allowed: decay > 0"),
+        (lambda: AdaptiveBarrier(patience=0), r"patience=0; allowed: an integer >= 1"),
+        (lambda: DualAscent(0), r"step=0; allowed: step > 0"),
+        (lambda: DualAscent(cap=0), r"cap=0; allowed: cap > 0"),
+        (lambda: DualAscent(start_at=-1), r"start_at=-1; allowed"),
+        (lambda: AugmentedLagrangian(0), r"penalty=0; allowed: penalty > 0"),
+        (lambda: AugmentedLagrangian(step=2), r"step=2; allowed: 0 < step <= 1"),
+    ],
+)
+def test_errors(make_rule, message):
+    with pytest.raises(ValueError, match=message):
+        make_rule()
+
+
+def test_noise_bias_of_the_plug_in_multiplier():
+    """In the log region the plug-in multiplier's bias is about mu sigma^2 / |z|^3 (math.md)."""
+    rng = np.random.default_rng(0)
+    mu, z, sigma = 0.1, -1.0, 0.05
+    samples = torch.tensor(z + sigma * rng.standard_normal(400_000))
+    mean = RelaxedLogBarrier().multiplier(samples, torch.tensor(mu), torch.tensor(mu**2)).mean().item()
+    assert mean - mu / -z == pytest.approx(mu * sigma**2 / abs(z) ** 3, rel=0.15)
