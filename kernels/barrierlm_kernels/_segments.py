@@ -12,7 +12,7 @@ def rows_to_sequences(cu_seqlens: Tensor, rows: int) -> Tensor:
     # A sequence starts at or before row r exactly if its predecessors end at or before r. Counting the ends
     # skips empty sequences, and unlike repeat_interleave needs no output size from the device.
     positions = torch.arange(rows, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:], positions, right=True)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -36,12 +36,20 @@ def spans(total: int, at_most: int) -> Iterator[tuple[int, int]]:
 class RowSoftmax:
     """Statistics of `rows` rows of logits, and the gradient with respect to those logits.
 
-    Rows are handed over in blocks. A block is a matrix [k, V] in any floating dtype, `start` the number of its
-    first row. The statistics stay here, [rows] each, so that a backward pass can pick them up.
+    Rows are handed over in blocks of at most `block_rows`. A block is a matrix [k, V] in any floating dtype,
+    `start` the number of its first row. The statistics stay here, [rows] each, for a backward pass to pick up.
     """
 
     def __init__(
-        self, rows: int, vocab: int, like: Tensor, *, temperature: float, softcap: float | None, entropy: bool
+        self,
+        rows: int,
+        vocab: int,
+        like: Tensor,
+        *,
+        block_rows: int,
+        temperature: float,
+        softcap: float | None,
+        entropy: bool,
     ) -> None:
         self.dtype = accumulation_dtype(like.dtype)
         self.temperature, self.softcap, self.want_entropy = temperature, softcap, entropy
@@ -52,7 +60,7 @@ class RowSoftmax:
         # Work space (fp32 copies, tanh, exp) is the size of one tile: small beside a chunk of logits, and large
         # enough for the launch (or, on a CPU, the meeting of the threads) that each pass over it costs.
         tile_bytes = 2**24 if like.device.type == "cpu" else 2**26
-        self.tile_rows = max(1, min(rows, tile_bytes // (vocab * self.dtype.itemsize)))
+        self.tile_rows = max(1, min(block_rows, tile_bytes // (vocab * self.dtype.itemsize)))
         self.vocab, self._like = vocab, like
         self._scratch: dict[str, Tensor] = {}
 
@@ -63,7 +71,7 @@ class RowSoftmax:
     def resume(
         self, statistics: list[Tensor], counted: Tensor, grad_logps: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take up (peak, total, logps, moment) of an earlier pass, for the given upstream gradients [N].
+        """Take up (peak, total, moment) of an earlier pass, for the given upstream gradients [N].
 
         Returns which rows are live (counted, with an upstream gradient), and the gradients, 0 elsewhere. Dead
         rows get an infinite peak: their softmax, hence their gradient, is 0 for any finite logits.
@@ -72,10 +80,10 @@ class RowSoftmax:
         for grad in (grad_logps, grad_entropy):
             if grad is not None:
                 live = live | (counted & (grad != 0))
-        peak, total, logps, moment = statistics
+        peak, total, moment = statistics
         self.peak = torch.where(live, peak, torch.inf)
         self.total = torch.where(live, total, 1)
-        self.logps, self.moment = torch.where(live, logps, 0), torch.where(live, moment, 0)
+        self.moment = torch.where(live, moment, 0)
         grad_logps = torch.zeros_like(self.peak) if grad_logps is None else torch.where(live, grad_logps, 0)
         return live, grad_logps, None if grad_entropy is None else torch.where(live, grad_entropy, 0)
 
@@ -184,21 +192,17 @@ class RowSoftmax:
     ) -> None:
         """From exp(x) (or from x, with an entropy gradient) to the gradient with respect to the logits."""
         rows = slice(start, start + len(tile))
-        total, logps = self.total[rows], self.logps[rows]
-        grad_logps = grad_logps / self.temperature
-        # At the target 1 - p is -expm1(log p): the difference would lose digits where p is nearly 1.
-        at_target = grad_logps * -torch.expm1(logps)
+        total, grad_logps = self.total[rows], grad_logps / self.temperature
         if grad_entropy is None:
             tile.mul_((-grad_logps / total)[:, None])
         else:
             grad_entropy = grad_entropy / self.temperature
             moment = self.moment[rows]
             work = torch.exp(tile.clamp_(min=_LOWEST), out=self._buffer("work", len(tile)))
-            picked = tile.gather(1, targets[:, None])[:, 0]
-            at_target -= grad_entropy * logps.exp() * (picked - moment)
             tile.sub_(moment[:, None]).mul_(-grad_entropy[:, None]).sub_(grad_logps[:, None])
             tile.mul_(work.div_(total[:, None]))
-        tile.scatter_(1, targets[:, None], at_target[:, None])  # one element a row: no collisions
+        column = targets[:, None]
+        tile.scatter_(1, column, tile.gather(1, column) + grad_logps[:, None])  # scatter_add_ may be atomic
         if self.softcap is not None:
             tile.mul_(self._buffer("slope", len(tile)).square_().neg_().add_(1))
         if tile is not out:

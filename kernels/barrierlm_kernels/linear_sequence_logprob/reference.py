@@ -55,7 +55,9 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         temperature, softcap, entropy = options
         rows, vocab = hidden.shape[0], weight.shape[0]
         at_most = max(1, min(rows, rows_per_chunk(weight, dtype, memory_budget)))
-        softmax = RowSoftmax(rows, vocab, hidden, temperature=temperature, softcap=softcap, entropy=entropy)
+        softmax = RowSoftmax(
+            rows, vocab, hidden, block_rows=at_most, temperature=temperature, softcap=softcap, entropy=entropy
+        )
         with no_autocast(hidden.device):
             head = weight.to(dtype).t()
             buffer = hidden.new_empty(at_most, vocab, dtype=dtype)
@@ -64,9 +66,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
                 logits = torch.mm(chunk, head, out=buffer[: hi - lo])
                 softmax.measure(logits, targets[lo:hi], lo, bias, overwrite=True)
         # The inputs are saved as they came: a copy cast for autocast would live until backward.
-        ctx.save_for_backward(
-            hidden, weight, bias, targets, counted, softmax.peak, softmax.total, softmax.logps, softmax.moment
-        )
+        ctx.save_for_backward(hidden, weight, bias, targets, counted, softmax.peak, softmax.total, softmax.moment)
         ctx.options, ctx.dtype, ctx.at_most = options, dtype, at_most
         ctx.set_materialize_grads(False)
         return (
@@ -84,6 +84,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
             hidden.shape[0],
             weight.shape[0],
             hidden,
+            block_rows=ctx.at_most,
             temperature=temperature,
             softcap=softcap,
             entropy=grad_entropy is not None,

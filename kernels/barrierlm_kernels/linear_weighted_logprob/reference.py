@@ -60,7 +60,9 @@ class _LinearWeightedTotal(torch.autograd.Function):
         temperature, softcap = options
         rows, vocab = hidden.shape[0], weight.shape[0]
         at_most = max(1, min(rows, rows_per_chunk(weight, dtype, memory_budget)))
-        softmax = RowSoftmax(rows, vocab, hidden, temperature=temperature, softcap=softcap, entropy=False)
+        softmax = RowSoftmax(
+            rows, vocab, hidden, block_rows=at_most, temperature=temperature, softcap=softcap, entropy=False
+        )
         live = row_weights != 0
 
         needs_hidden, needs_weight, needs_bias = (differentiate and need for need in ctx.needs_input_grad[:3])

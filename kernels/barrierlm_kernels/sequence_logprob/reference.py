@@ -33,11 +33,17 @@ class _TokenLogProbs(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         softmax = RowSoftmax(
-            logits.shape[0], logits.shape[1], logits, temperature=temperature, softcap=softcap, entropy=entropy
+            logits.shape[0],
+            logits.shape[1],
+            logits,
+            block_rows=logits.shape[0],
+            temperature=temperature,
+            softcap=softcap,
+            entropy=entropy,
         )
         softmax.measure(logits, targets, 0)
         ctx.options = (temperature, softcap, entropy)
-        ctx.save_for_backward(logits, targets, counted, softmax.peak, softmax.total, softmax.logps, softmax.moment)
+        ctx.save_for_backward(logits, targets, counted, softmax.peak, softmax.total, softmax.moment)
         ctx.set_materialize_grads(False)
         # An ignored row may hold anything. Rows never mix here, so hiding its results is enough.
         return (
@@ -54,6 +60,7 @@ class _TokenLogProbs(torch.autograd.Function):
             logits.shape[0],
             logits.shape[1],
             logits,
+            block_rows=logits.shape[0],
             temperature=temperature,
             softcap=softcap,
             entropy=grad_entropy is not None,

@@ -1,0 +1,150 @@
+"""Errors against fp64, as multiples of plain PyTorch's own error in the same dtype; extreme logits; autocast."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from barrierlm_kernels import linear_sequence_logprob, linear_weighted_logprob, sequence_logprob
+from kernel_oracle import OPERATIONS, Batch, run
+
+FACTOR = 3.0  # times plain PyTorch's largest error in that dtype, plus half a unit in the last place of the scale
+
+
+def assert_as_accurate_as_torch(results):
+    """`results` holds (ours, plain PyTorch's, fp64's) for several batches; the largest errors are compared."""
+    for index in range(len(results[0][0])):
+        ours, theirs, exact = ([outcome[which][index] for outcome in results] for which in range(3))
+        assert all(x.isfinite().all() for x in ours), index
+        scale = max(x.abs().max() for x in exact)
+        allowed = FACTOR * largest_error(theirs, exact) + 0.5 * torch.finfo(ours[0].dtype).eps * scale
+        assert largest_error(ours, exact) <= allowed, index
+
+
+def largest_error(values, exact):
+    return max((a.double() - b).abs().max() for a, b in zip(values, exact, strict=True))
+
+
+def in_fp64(batch):
+    twin = Batch(batch.lengths, batch.hidden_size, batch.vocab, seed=batch.seed)
+    for name in ("hidden", "weight", "bias"):
+        setattr(twin, name, getattr(batch, name).double())
+    return twin
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.8}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_error_is_that_of_plain_torch(name, dtype, options):
+    function, naive = OPERATIONS[name]
+    results = []
+    for seed in range(6):
+        batch = Batch([30, 0, 1, 17], hidden_size=24, vocab=507, dtype=dtype, seed=seed, scale=0.5)
+        ours = run(function, batch, memory_budget=507 * 8 * 4, **options)
+        theirs = run(naive, batch, **options)
+        assert [x.dtype for x in ours] == [x.dtype for x in theirs]
+        results.append((ours, theirs, run(naive, in_fp64(batch), **options)))
+    assert_as_accurate_as_torch(results)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        pytest.param(torch.linspace(-400, -89, 40).reshape(4, 10), id="all below -88"),
+        pytest.param(torch.randn(4, 10, generator=torch.Generator().manual_seed(0)) * 1e4, id="+-1e4"),
+        pytest.param(torch.randn(4, 10, generator=torch.Generator().manual_seed(0)) + 1e6, id="offset 1e6"),
+        pytest.param(torch.full((4, 10), -3e38), id="near the lowest"),
+        pytest.param(torch.zeros(4, 10), id="all equal"),
+    ],
+)
+def test_extreme_logits(logits):
+    targets, cu = torch.tensor([0, 9, 4, 4]), torch.tensor([0, 3, 4])
+    grads, outputs = [], []
+    for x in (logits, logits.double()):
+        x = x.clone().requires_grad_()
+        out = sequence_logprob(x, targets, cu, return_token_logps=True, return_entropy=True)
+        outputs.append(out)
+        grads.append(torch.autograd.grad(out.logps.sum() + out.entropy.sum(), x)[0].double())
+    exact = torch.log_softmax(logits.double(), -1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(outputs[0].token_logps.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outputs[0].entropy.double(), outputs[1].entropy, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+def test_large_logits_keep_their_digits():
+    # One fp32 log-sum-exp near 1e4 is rounded to 1e-3; max and log-sum apart are not.
+    logits = torch.tensor([[10000.0, 10001.0, 9999.5]])
+    out = sequence_logprob(logits, torch.tensor([0]), torch.tensor([0, 1]))
+    exact = torch.log_softmax(logits.double(), -1)[0, :1]
+    together = logits[:, 0] - torch.logsumexp(logits, -1)
+    assert (out.logps - exact).abs() < 2e-7
+    assert (together - exact).abs() > 1e-4
+
+
+def test_masked_vocabulary_entries():
+    logits = torch.tensor([[1.0, -torch.inf, 0.5], [0.0, -torch.inf, 2.0]], requires_grad=True)
+    out = sequence_logprob(logits, torch.tensor([0, 2]), torch.tensor([0, 2]), return_entropy=True)
+    (grad,) = torch.autograd.grad(3 * out.logps + 2 * out.entropy, logits)
+    rest = logits.detach()[:, [0, 2]].requires_grad_()
+    twin = sequence_logprob(rest, torch.tensor([0, 1]), torch.tensor([0, 2]), return_entropy=True)
+    (expected,) = torch.autograd.grad(3 * twin.logps + 2 * twin.entropy, rest)
+    torch.testing.assert_close((out.logps, out.entropy, grad[:, [0, 2]]), (twin.logps, twin.entropy, expected))
+    assert grad[:, 1].eq(0).all()
+
+
+def test_long_sequences_are_summed_in_more_than_fp32():
+    rows = 20_000
+    logits = torch.zeros(rows, 2)
+    logits[0, 1] = 1e5
+    out = sequence_logprob(logits, torch.zeros(rows, dtype=torch.long), torch.tensor([0, rows]))
+    exact = torch.log_softmax(logits.double(), -1)[:, 0].sum()
+    assert (out.logps.double() - exact).abs() <= 0.5 * torch.finfo(torch.float32).eps * 2**17
+
+
+def test_small_weights_do_not_underflow_in_fp16():
+    # The loss scale of fp16 training arrives in backward, after the gradient was made.
+    batch = Batch([6, 6], hidden_size=8, vocab=33, dtype=torch.float16, ignored=0)
+    weights, scale = batch.weights * 1e-7, 2.0**16
+    hidden = batch.hidden.requires_grad_()
+    out = linear_weighted_logprob(hidden, batch.weight, *batch.packing, weights)
+    (grad,) = torch.autograd.grad(out.total * scale, hidden)
+    twin = batch.hidden.detach().double().requires_grad_()
+    exact = linear_weighted_logprob(twin, batch.weight.double(), *batch.packing, weights)
+    (expected,) = torch.autograd.grad(exact.total * scale, twin)
+    torch.testing.assert_close(grad.double(), expected, rtol=0, atol=4e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["linear_sequence_logprob", "linear_weighted_logprob"])
+def test_autocast_multiplies_as_linear_does(name):
+    function, naive = OPERATIONS[name]
+    results = []
+    for seed in range(4):
+        batch = Batch([9, 4], hidden_size=24, vocab=123, dtype=torch.float32, seed=seed, scale=0.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = run(function, batch), run(naive, batch)  # backward runs inside as well
+        results.append((ours, theirs, run(naive, in_fp64(batch))))
+        assert {x.dtype for x in ours} == {torch.float32}
+        assert not torch.equal(ours[-3], run(function, batch)[-3])  # it was bf16 that multiplied
+    assert_as_accurate_as_torch(results)
+
+
+def test_autocast_mixes_dtypes():
+    batch = Batch([3, 4], hidden_size=8, vocab=33, dtype=torch.float32)
+    hidden = batch.hidden.bfloat16().requires_grad_()
+    weight = batch.weight.clone().requires_grad_()
+    for function, extra in ((linear_sequence_logprob, ()), (linear_weighted_logprob, (batch.weights,))):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(hidden, weight, *batch.packing, *extra)
+            product = F.linear(hidden, weight)
+        grads = torch.autograd.grad(out[0].sum(), (hidden, weight))
+        assert product.dtype == torch.bfloat16
+        assert [x.dtype for x in grads] == [torch.bfloat16, torch.float32]
+        twin = sequence_logprob(product, *batch.packing)
+        expected = twin.logps if not extra else (twin.logps * batch.weights.float()).sum()
+        torch.testing.assert_close(out[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_leaves_fp64_alone():
+    batch = Batch([3, 4], hidden_size=8, vocab=33)
+    expected = run(OPERATIONS["linear_sequence_logprob"][0], batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(OPERATIONS["linear_sequence_logprob"][0], batch)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
