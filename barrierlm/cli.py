@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from barrierlm.recipes.finetune import finetune
 
         finetune(options)
-    except (ConfigError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ConfigError, ModuleNotFoundError) as error:
         print(f"barrierlm: {error}", file=sys.stderr)
         return 2
     return 0

@@ -12,6 +12,8 @@ from torch import nn
 
 from barrierlm import BarrierObjective
 
+from .config import ConfigError
+
 _KEEP = 2
 
 
@@ -76,19 +78,19 @@ class Checkpoints:
         """
         complete = self._complete()
         if not complete:
-            raise FileNotFoundError(
+            raise ConfigError(
                 f"resume=true: no checkpoint in {self.folder}; allowed: after a run with checkpoint_every > 0"
             )
         newest = complete[-1]
         state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
         if state["world"] != self.accelerator.num_processes:
-            raise ValueError(
+            raise ConfigError(
                 f"{newest} is of {state['world']} processes, this run has {self.accelerator.num_processes}; "
                 "allowed: the same number"
             )
         shapes, given = [p.shape for p in state["weights"]], [p.shape for p in self.weights]
         if shapes != given or (state["objective"] is None) != (self.objective is None):
-            raise ValueError(f"{newest} is of another model or of other constraints; allowed: the same options")
+            raise ConfigError(f"{newest} is of another model or of other constraints; allowed: the same options")
         if self.objective is not None:
             self.objective.load_state_dict(state["objective"])
         with torch.no_grad():

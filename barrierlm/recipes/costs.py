@@ -16,6 +16,7 @@ from torch import Tensor
 
 from barrierlm import Sampled
 
+from .config import ConfigError
 from .extras import missing_extra
 from .model import Policy, Sequences, lay_out
 from .options import ConstraintOptions
@@ -113,7 +114,7 @@ class FunctionCost(Cost):
             values = values.tolist()
         try:
             floats = [float(value) for value in values]
-        except TypeError:
+        except (TypeError, ValueError):
             raise TypeError(f"cost {self.name} returned {_brief(values)}; allowed: a list of floats") from None
         if len(floats) != len(rollouts):
             raise ValueError(
@@ -162,7 +163,7 @@ def reward_model_cost(name: str, *, device: torch.device | str = "cpu") -> CostF
         device: Where it runs.
 
     Raises:
-        ValueError: Several labels and none named, or an unknown one.
+        ConfigError: Several labels and none named, or an unknown one.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -171,7 +172,9 @@ def reward_model_cost(name: str, *, device: torch.device | str = "cpu") -> CostF
     model = AutoModelForSequenceClassification.from_pretrained(source).to(device).eval()
     labels = {str(text): int(index) for index, text in model.config.id2label.items()}
     if (label and label not in labels) or (not label and len(labels) > 1):
-        raise ValueError(f"reward_model:{name}: allowed: reward_model:{source}#LABEL with LABEL in {', '.join(labels)}")
+        raise ConfigError(
+            f"reward_model:{name}: allowed: reward_model:{source}#LABEL with LABEL in {', '.join(labels)}"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -199,13 +202,13 @@ def import_function(path: str) -> CostFunction:
     """The function at ``path/to/file.py:function`` or ``package.module:function``. Runs that module's code.
 
     Raises:
-        ValueError: No such file, module or function.
+        ConfigError: No such file, module or function.
     """
     place, _, name = path.rpartition(":")
     if place.endswith(".py"):
         file = Path(place).resolve()
         if not file.is_file():
-            raise ValueError(f"cost {path!r}: {file} is not a file; allowed: path/to/file.py:function")
+            raise ConfigError(f"cost {path!r}: {file} is not a file; allowed: path/to/file.py:function")
         spec = importlib.util.spec_from_file_location(f"barrierlm_user_{file.stem}", file)
         assert spec is not None
         assert spec.loader is not None
@@ -216,11 +219,11 @@ def import_function(path: str) -> CostFunction:
         try:
             module = importlib.import_module(place)
         except ModuleNotFoundError as error:
-            raise ValueError(f"cost {path!r}: {error}; allowed: package.module:function") from None
+            raise ConfigError(f"cost {path!r}: {error}; allowed: package.module:function") from None
     function = getattr(module, name, None)
     if not callable(function):
         known = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value))
-        raise ValueError(f"cost {path!r}: no function {name!r}; allowed: {known or 'a function of that module'}")
+        raise ConfigError(f"cost {path!r}: no function {name!r}; allowed: {known or 'a function of that module'}")
     result: CostFunction = function
     return result
 
@@ -239,7 +242,7 @@ def load_costs(constraints: Mapping[str, ConstraintOptions], *, device: torch.de
         device: Where reward models run.
 
     Raises:
-        ValueError: A function or label that does not exist.
+        ConfigError: A function or label that does not exist.
         ModuleNotFoundError: A package of the extra ``recipes`` is missing.
     """
     costs: dict[str, Cost] = {}

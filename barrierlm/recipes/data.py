@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .config import ConfigError
 from .extras import missing_extra
 from .options import DataOptions
 
@@ -41,9 +42,8 @@ def load_pairs(options: DataOptions) -> list[Pair]:
     """All pairs of the source, in its own order.
 
     Raises:
-        FileNotFoundError: No such JSONL file.
-        KeyError: A row without the prompt or the response column.
-        ValueError: A line that is no JSON object, or a prompt or response that is no string.
+        ConfigError: No such JSONL file, a line that is no JSON object, a row without the prompt or the response
+            column, or one of these that is no string.
         ModuleNotFoundError: The package that holds the source is missing.
     """
     if options.source == "dialogues":
@@ -71,7 +71,7 @@ def _dialogues() -> Iterator[Pair]:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
-        raise FileNotFoundError(f"data.source={str(path)!r} is not a file")
+        raise ConfigError(f"data.source={str(path)!r} is not a file")
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -79,9 +79,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error}); allowed: one object a line") from None
+                raise ConfigError(f"{path}:{number}: not JSON ({error}); allowed: one object a line") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a {type(row).__name__}; allowed: one object a line")
+                raise ConfigError(f"{path}:{number}: a {type(row).__name__}; allowed: one object a line")
             yield f"{path}:{number}", row
 
 
@@ -100,14 +100,13 @@ _SAVED_DATASET = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def _pair(row: dict[str, Any], place: str, options: DataOptions) -> Pair:
-    texts = []
     for name in (options.prompt_column, options.response_column):
         if name not in row:
-            raise KeyError(f"{place}: no column {name!r}; it has {', '.join(map(repr, row))}")
+            raise ConfigError(f"{place}: no column {name!r}; it has {', '.join(map(repr, row))}")
         if not isinstance(row[name], str):
-            raise ValueError(f"{place}: {name} is a {type(row[name]).__name__}; allowed: a string")
-        texts.append(row.pop(name))
-    return Pair(texts[0], texts[1], origin=texts[0], columns=row)
+            raise ConfigError(f"{place}: {name} is a {type(row[name]).__name__}; allowed: a string")
+    prompt, response = row.pop(options.prompt_column), row.pop(options.response_column)
+    return Pair(prompt, response, origin=prompt, columns=row)
 
 
 def split_pairs(pairs: Sequence[Pair], options: DataOptions) -> tuple[list[Pair], list[Pair]]:
@@ -116,14 +115,14 @@ def split_pairs(pairs: Sequence[Pair], options: DataOptions) -> tuple[list[Pair]
     The same origin is never on both sides, and adding data moves nothing from one side to the other.
 
     Raises:
-        ValueError: One side is empty.
+        ConfigError: One side is empty.
     """
     train: list[Pair] = []
     heldout: list[Pair] = []
     for pair in pairs:
         (heldout if _draw(pair.origin, options.split_seed) < options.heldout_share else train).append(pair)
     if not train or not heldout:
-        raise ValueError(
+        raise ConfigError(
             f"data.heldout_share={options.heldout_share} of {len(pairs)} pairs gives {len(train)} for training and "
             f"{len(heldout)} held out; allowed: at least one of each"
         )
@@ -153,7 +152,7 @@ def tokenize_pairs(
         limit: Stop after so many.
 
     Raises:
-        ValueError: Nothing is left.
+        ConfigError: Nothing is left.
     """
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(options.split_seed)).tolist()
     kept: list[Tokens] = []
@@ -169,7 +168,7 @@ def tokenize_pairs(
         if limit is not None and len(kept) >= limit:
             break
     if not kept:
-        raise ValueError(
+        raise ConfigError(
             f"none of {len(pairs)} pairs is within data.max_prompt_tokens={options.max_prompt_tokens} and "
             f"data.max_response_tokens={options.max_response_tokens}"
         )
@@ -191,7 +190,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The special token that the chat template puts after an answer; without one, the end of text.
 
     Raises:
-        ValueError: The tokenizer knows neither.
+        ConfigError: The tokenizer knows neither.
     """
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Z"}]
@@ -202,7 +201,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
             if token in tokenizer.all_special_ids:
                 return int(token)
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token and no chat template that ends a turn")
+        raise ConfigError("the tokenizer has no end-of-text token and no chat template that ends a turn")
     return int(tokenizer.eos_token_id)
 
 

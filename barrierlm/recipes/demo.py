@@ -26,7 +26,7 @@ def demo(options: Options) -> dict[str, Evaluation]:
         The evaluations ``start``, ``sft`` and ``constrained``.
 
     Raises:
-        ConfigError, ModuleNotFoundError, ValueError: See `open_workspace` and `build_objective`.
+        ConfigError, ModuleNotFoundError: See `open_workspace` and `build_objective`.
     """
     build_objective(options)
     options = dataclasses.replace(options, resume=False)
@@ -48,12 +48,16 @@ def demo(options: Options) -> dict[str, Evaluation]:
             workspace.policy.lm.save_pretrained(folder / "model")
             workspace.tokenizer.save_pretrained(folder / "model")
     print_evaluations(workspace.console, evaluations)
-    workspace.console.print(f"Written to {folder}: metrics.jsonl, summary.json, figure.png", highlight=False)
+    workspace.console.print(
+        f"Written to {folder}: metrics.jsonl, summary.json, figure.png", highlight=False, soft_wrap=True
+    )
     return evaluations
 
 
 def _say(workspace: Workspace, name: str, evaluation: Evaluation) -> None:
     constraints = ", ".join(f"{key} {result.mean:.3g}" for key, result in evaluation.constraints.items())
     workspace.console.print(
-        f"{name}: held-out NLL {evaluation.nll:.3f}, {constraints} ({evaluation.seconds:.0f} s)", highlight=False
+        f"{name}: held-out NLL {evaluation.nll:.3f}, {constraints} ({evaluation.seconds:.0f} s)",
+        highlight=False,
+        soft_wrap=True,
     )

@@ -46,9 +46,8 @@ def finetune(options: Options) -> Evaluation:
         The held-out evaluation of the trained model.
 
     Raises:
-        ConfigError: Options of the rule, schedule or estimator that it does not take.
-        FileNotFoundError: ``resume`` without a checkpoint.
-        ModuleNotFoundError, ValueError: See `open_workspace`.
+        ConfigError: A mistake in the options, the data or the cost functions; ``resume`` without a checkpoint.
+        ModuleNotFoundError: A package that an option needs is missing; names the extra.
     """
     build_objective(options)  # its errors come before anything is loaded
     workspace = open_workspace(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -269,7 +270,9 @@ def _add_lora(lm: Any, options: ModelOptions) -> Any:
     config = LoraConfig(
         r=options.lora_rank, lora_alpha=options.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
     )
-    return get_peft_model(lm, config)
+    with warnings.catch_warnings():  # peft reads a name that transformers is about to drop
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return get_peft_model(lm, config)
 
 
 def quiet_transformers() -> None:

@@ -59,7 +59,7 @@ def open_workspace(options: Options) -> Workspace:
 
     Raises:
         ModuleNotFoundError: A package that an option needs is missing; names the extra.
-        ValueError: Data or cost functions that do not fit; says what is allowed.
+        ConfigError: Data or cost functions that do not fit; says what is allowed.
     """
     accelerator = Accelerator(
         gradient_accumulation_steps=options.optim.gradient_accumulation,
@@ -67,7 +67,9 @@ def open_workspace(options: Options) -> Workspace:
     )
     console = Console(quiet=not accelerator.is_main_process)
     for cost in imported_costs(options.constraints):
-        console.print(f"Importing cost function {cost} (this runs its module)", markup=False, highlight=False)
+        console.print(
+            f"Importing cost function {cost} (this runs its module)", markup=False, highlight=False, soft_wrap=True
+        )
     costs = load_costs(options.constraints, device=accelerator.device)
     quiet_transformers()
     with console.status("Loading the model"):
@@ -86,6 +88,7 @@ def open_workspace(options: Options) -> Workspace:
         f"{sum(p.numel() for p in policy.parameters()):,} weights trained; "
         f"{len(train):,} training and {len(heldout):,} held-out pairs",
         highlight=False,
+        soft_wrap=True,
     )
     start = [p.detach().clone() for p in policy.trained()]
     return Workspace(options, accelerator, console, policy, tokenizer, end_of_turn, train, heldout, costs, start)

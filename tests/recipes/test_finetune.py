@@ -1,0 +1,260 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from barrierlm.cli import main
+from barrierlm.recipes.config import ConfigError, load_options
+from barrierlm.recipes.demo import demo
+from barrierlm.recipes.evaluate import evaluate
+from barrierlm.recipes.finetune import finetune, learning_rate, train
+from barrierlm.recipes.options import OptimOptions, Options
+from barrierlm.recipes.workspace import open_workspace
+
+RESULT_KEYS = {"mean", "stderr", "lower", "upper", "satisfied", "censored"}
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+
+
+def test_a_whole_run(overrides: list[str], tmp_path: Path):
+    file = tmp_path / "my_costs.py"
+    file.write_text("def w1_share(completions, **columns):\n    return [text.count('w1') / 9 for text in completions]")
+    extra = [f"constraints.w1.cost={file}:w1_share", "constraints.w1.upper=0.2", "constraints.kl.upper=0.5"]
+    options = load_options(None, [*overrides, *extra])
+    evaluation = finetune(options)
+    folder = Path(options.output_dir)
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for key in (
+        "lr",
+        "loss/task",
+        "loss/total",
+        "grad_norm",
+        "barrier/mu",
+        "barrier/penalty",
+        "constraints/length/value",
+        "constraints/length/lower/multiplier",
+        "constraints/w1/upper/slack",
+        "constraints/kl/upper/s",
+        "rollout/mean_tokens",
+        "rollout/censored",
+        "seconds/generation",
+        "seconds/costs",
+        "seconds/forward",
+        "seconds/backward",
+    ):
+        assert all(key in row for row in rows), key
+    assert rows[0]["constraints/length/value"] == rows[0]["rollout/mean_tokens"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["runs"]["final"]["nll"] == evaluation.nll
+    assert (folder / "figure.png").stat().st_size > 10_000
+    assert (folder / "model" / "adapter_config.json").exists()
+    assert (folder / "model" / "tokenizer_config.json").exists()
+    assert list((folder / "tensorboard").iterdir())
+    assert load_options(folder / "config.yaml") == options
+
+
+@pytest.mark.parametrize("changes", [[], ["model.lora_rank=0", "optim.gradient_accumulation=2"]])
+def test_a_resumed_run_is_bit_equal(overrides: list[str], tmp_path: Path, changes: list[str]):
+    overrides = [*overrides, *changes, "checkpoint_every=2", "save_model=false"]
+    whole = load_options(None, [*overrides, f"output_dir={tmp_path / 'whole'}"])
+    finetune(whole)
+    cut = load_options(None, [*overrides, f"output_dir={tmp_path / 'cut'}"])
+    workspace = open_workspace(cut)
+    stop = RuntimeError("power cut")
+
+    def fail(step: int, *args: object) -> float:
+        if step == 3:
+            raise stop
+        return learning_rate(step, *args)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("barrierlm.recipes.finetune.learning_rate", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(workspace, Path(cut.output_dir))
+    assert len(metrics(tmp_path / "cut")) == 3
+    torch.manual_seed(99)
+    finetune(load_options(None, [*overrides, f"output_dir={tmp_path / 'cut'}", "resume=true"]))
+    assert without_times(metrics(tmp_path / "cut")) == without_times(metrics(tmp_path / "whole"))
+    states = [
+        torch.load(tmp_path / run / "checkpoints" / "step-000004" / "state.pt", weights_only=True)
+        for run in ("whole", "cut")
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(states[0]["weights"], states[1]["weights"], strict=True))
+    results = [json.loads((tmp_path / run / "summary.json").read_text())["runs"]["final"] for run in ("whole", "cut")]
+    assert results[0]["nll"] == results[1]["nll"]
+    assert results[0]["constraints"] == results[1]["constraints"]
+
+
+def test_resuming_what_does_not_fit(overrides: list[str]):
+    with pytest.raises(ConfigError, match="resume=true: no checkpoint in"):
+        finetune(load_options(None, [*overrides, "resume=true"]))
+    finetune(load_options(None, [*overrides, "checkpoint_every=4", "save_model=false"]))
+    with pytest.raises(ConfigError, match="of another model or of other constraints"):
+        finetune(load_options(None, [*overrides, "resume=true", "model.lora_rank=3"]))
+
+
+def test_only_complete_checkpoints_count_and_two_are_kept(overrides: list[str]):
+    options = load_options(None, [*overrides, "checkpoint_every=1", "save_model=false"])
+    finetune(options)
+    names = sorted(path.name for path in (Path(options.output_dir) / "checkpoints").iterdir())
+    assert names == ["step-000003", "step-000004"]
+
+
+def test_gradient_accumulation_is_one_large_batch(overrides: list[str], tmp_path: Path):
+    """Plain fine-tuning on 2 x 4 pairs equals 1 x 8, whatever the pairs' lengths."""
+    rows = []
+    for micro, size in ((2, 4), (1, 8)):
+        options = load_options(
+            None,
+            [
+                *overrides,
+                f"optim.gradient_accumulation={micro}",
+                f"optim.batch_size={size}",
+                f"output_dir={tmp_path / str(micro)}",
+            ],
+        )
+        train(open_workspace(options), Path(options.output_dir), constrained=False)
+        rows.append(metrics(Path(options.output_dir)))
+    for a, b in zip(*rows, strict=True):
+        assert a["loss/task"] == pytest.approx(b["loss/task"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_demo(overrides: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["demo", *overrides, "save_model=false", "evaluation.samples=2"]) == 0
+    folder = Path(next(o for o in overrides if o.startswith("output_dir=")).removeprefix("output_dir="))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary) == ["runs"]
+    assert list(summary["runs"]) == ["start", "sft", "constrained"]
+    for run in summary["runs"].values():
+        assert set(run) == {"nll", "seconds", "constraints"}
+        assert math.isfinite(run["nll"])
+        (result,) = run["constraints"].values()
+        assert set(result) == RESULT_KEYS
+        assert (result["lower"], result["upper"]) == (3, 6)
+        assert result["satisfied"] == (3 <= result["mean"] <= 6)
+    assert "constraints/length/value" in metrics(folder)[0]
+    assert "constraints/length/value" not in metrics(folder / "sft")[0]
+    assert (folder / "figure.png").exists()
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 6
+    shown = capsys.readouterr().out
+    assert "Held-out evaluation" in shown
+    assert "Sample responses" in shown
+
+
+def test_the_runs_of_the_demo_start_alike(options: Options):
+    workspace = open_workspace(options)
+    start = evaluate(workspace)
+    train(workspace, Path(options.output_dir))
+    changed = evaluate(workspace)
+    workspace.reset()
+    again = evaluate(workspace)
+    assert (again.nll, again.constraints, again.samples) == (start.nll, start.constraints, start.samples)
+    assert changed.nll != start.nll
+
+
+def test_groups_of_responses(options: Options):
+    options.rollout.responses_per_prompt = 2
+    options.constraints["length"].lower = None
+    train(open_workspace(options), Path(options.output_dir))
+    assert len(metrics(Path(options.output_dir))) == 4
+
+
+def test_learning_rate():
+    optim = OptimOptions(steps=10, warmup_steps=2, learning_rate=1.0, min_learning_rate=0.1)
+    rates = [learning_rate(step, optim) for step in range(10)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] > 0.1
+    optim.decay = "constant"
+    assert learning_rate(9, optim) == 1.0
+
+
+def test_parts_of_the_objective_that_do_not_exist(overrides: list[str]):
+    for wrong, message in (
+        ("objective.rule=Magic", "objective.rule='Magic'; allowed: AdaptiveBarrier"),
+        ("objective.rule_options.muu=1", r"objective.rule_options=\{'muu': 1\} of AdaptiveBarrier: .*muu"),
+        ("objective.schedule=EMA", "objective.schedule='EMA'; allowed: AdaptiveSchedule"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            finetune(load_options(None, [*overrides, wrong]))
+
+
+def test_command_line_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], overrides: list[str]):
+    assert main(["finetune", "none.yaml"]) == 2
+    assert main(["finetune", "demo", "optim.stepz=3"]) == 2
+    assert main(["demo", "constraints=null"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3
+    assert all(line.startswith("barrierlm: ") for line in errors)
+    assert main(["options"]) == 0
+    assert "| `optim.steps` |" in capsys.readouterr().out
+
+
+def test_the_command_says_which_functions_it_imports(
+    overrides: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    file = tmp_path / "loud.py"
+    file.write_text("print('imported')\ndef cost(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    open_workspace(load_options(None, [*overrides, f"constraints.c.cost={file}:cost", "constraints.c.upper=1"]))
+    out = capsys.readouterr().out
+    assert out.index(f"Importing cost function {file}:cost") < out.index("imported\n")
+
+
+def test_the_core_does_not_import_the_recipe():
+    code = (
+        "import sys, barrierlm, barrierlm.cli\n"
+        "heavy = {'transformers', 'accelerate', 'peft', 'omegaconf', 'rich', 'matplotlib', 'barrierlm.recipes'}\n"
+        "print(heavy & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
+
+
+def launch(processes: int, overrides: list[str]) -> None:
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    config = root / "barrierlm" / "recipes" / "configs" / "demo.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += ["-m", "barrierlm.cli", "finetune", str(config), *overrides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path):
+    """Two gloo processes with half the batch each see the same pairs; rollouts differ, so only the task is compared."""
+    rows = []
+    for processes, size in ((2, 2), (1, 4)):
+        folder = tmp_path / str(processes)
+        extra = [f"optim.batch_size={size}", f"rollout.prompts={size}", f"output_dir={folder}", "save_model=false"]
+        launch(processes, [*overrides, *extra, "checkpoint_every=2"])
+        rows.append(metrics(folder))
+    assert len(rows[0]) == len(rows[1]) == 4
+    # The first window only measures: its gradient is the task's alone.
+    for key in ("loss/task", "grad_norm"):
+        assert rows[0][0][key] == pytest.approx(rows[1][0][key], rel=1e-4)
+    assert (tmp_path / "2" / "checkpoints" / "step-000004" / "random-1.pt").exists()
+    launch(2, [*overrides, "optim.batch_size=2", "rollout.prompts=2", f"output_dir={tmp_path / '2'}", "resume=true"])
+
+
+@pytest.mark.slow
+def test_the_packaged_model_end_to_end(tmp_path: Path):
+    pytest.importorskip("gguf")
+    extra = ["optim.steps=2", "rollout.prompts=4", "evaluation.prompts=4", "evaluation.pairs=4", "data.max_pairs=50"]
+    evaluations = demo(load_options("demo", [*extra, f"output_dir={tmp_path}", "rollout.max_new_tokens=48"]))
+    assert evaluations["sft"].nll < evaluations["start"].nll
+    assert (tmp_path / "model" / "adapter_model.safetensors").exists()
