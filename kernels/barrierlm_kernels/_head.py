@@ -34,7 +34,7 @@ def matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """The operations choose their dtypes themselves; inside them autocast is off, backward included."""
+    """For a backward pass that may run inside autocast though its forward did not, or with another dtype."""
     if not torch.amp.autocast_mode.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

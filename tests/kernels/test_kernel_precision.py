@@ -142,6 +142,37 @@ def test_autocast_mixes_dtypes():
         torch.testing.assert_close(out[0], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_backward_multiplies_in_the_dtype_of_forward():
+    batch = Batch([3, 4], hidden_size=8, vocab=33, dtype=torch.bfloat16)
+    leaves = [batch.hidden.requires_grad_(), batch.weight.requires_grad_()]
+    out = linear_sequence_logprob(*leaves, *batch.packing).logps.sum()
+    expected = torch.autograd.grad(out, leaves, retain_graph=True)
+    with torch.autocast("cpu", torch.float16):
+        got = torch.autograd.grad(out, leaves)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["linear_sequence_logprob", "linear_weighted_logprob"])
+def test_the_weight_gradient_of_many_chunks_is_added_up_in_fp32(name):
+    # 400 chunks of one row: added up in bf16, what is smaller than 1/256 of the sum so far would be lost.
+    function, naive = OPERATIONS[name]
+    batch = Batch([400], hidden_size=4, vocab=5, dtype=torch.bfloat16)
+    ours, theirs = run(function, batch, memory_budget=1), run(naive, batch)
+    assert_as_accurate_as_torch([(ours[-2:], theirs[-2:], run(naive, in_fp64(batch))[-2:])])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_upstream_factor_is_not_rounded_to_the_dtype_of_the_gradient(keep):
+    # 1.003 is 1 in bf16: every gradient would be off in the same direction.
+    batch = Batch([20], hidden_size=8, vocab=33, dtype=torch.bfloat16, ignored=0)
+    hidden = batch.hidden.requires_grad_()
+    total = linear_weighted_logprob(hidden, batch.weight, *batch.packing, batch.weights).total
+    (once,) = torch.autograd.grad(total, hidden, retain_graph=True)
+    (scaled,) = torch.autograd.grad(total, hidden, torch.tensor(1.003), retain_graph=keep)
+    assert torch.equal(scaled, (once.float() * 1.003).bfloat16())
+    assert not torch.equal(scaled, once)
+
+
 def test_autocast_leaves_fp64_alone():
     batch = Batch([3, 4], hidden_size=8, vocab=33)
     expected = run(OPERATIONS["linear_sequence_logprob"][0], batch)

@@ -58,13 +58,12 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         softmax = RowSoftmax(
             rows, vocab, hidden, block_rows=at_most, temperature=temperature, softcap=softcap, entropy=entropy
         )
-        with no_autocast(hidden.device):
-            head = weight.to(dtype).t()
-            buffer = hidden.new_empty(at_most, vocab, dtype=dtype)
-            for lo, hi in spans(rows, at_most):
-                chunk = live_rows(hidden[lo:hi], counted[lo:hi], dtype)
-                logits = torch.mm(chunk, head, out=buffer[: hi - lo])
-                softmax.measure(logits, targets[lo:hi], lo, bias, overwrite=True)
+        head = weight.to(dtype).t()
+        buffer = hidden.new_empty(at_most, vocab, dtype=dtype)
+        for lo, hi in spans(rows, at_most):
+            chunk = live_rows(hidden[lo:hi], counted[lo:hi], dtype)
+            logits = torch.mm(chunk, head, out=buffer[: hi - lo])
+            softmax.measure(logits, targets[lo:hi], lo, bias, overwrite=True)
         # The inputs are saved as they came: a copy cast for autocast would live until backward.
         ctx.save_for_backward(hidden, weight, bias, targets, counted, softmax.peak, softmax.total, softmax.moment)
         ctx.options, ctx.dtype, ctx.at_most = options, dtype, at_most

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._head import add_weight_grad, live_rows, matmul_dtype, no_autocast, rows_per_chunk, set_hidden_grad
+from .._head import add_weight_grad, live_rows, matmul_dtype, rows_per_chunk, set_hidden_grad
 from .._softmax import RowSoftmax, accumulation_dtype, spans
 
 
@@ -73,22 +73,21 @@ class _LinearWeightedTotal(torch.autograd.Function):
         unit = _weight_unit(row_weights, dtype)
         grad_logps = row_weights / unit
 
-        with no_autocast(hidden.device):
-            head = weight.to(dtype)
-            buffer = hidden.new_empty(at_most, vocab, dtype=dtype)
-            for lo, hi in spans(rows, at_most):
-                chunk = live_rows(hidden[lo:hi], live[lo:hi], dtype)
-                logits = torch.mm(chunk, head.t(), out=buffer[: hi - lo])
-                if not (needs_hidden or needs_weight or needs_bias):
-                    softmax.measure(logits, targets[lo:hi], lo, bias, overwrite=True)
-                    continue
-                softmax.measure_and_differentiate_(logits, targets[lo:hi], lo, grad_logps[lo:hi], bias)
-                if grad_hidden is not None:
-                    set_hidden_grad(grad_hidden[lo:hi], logits, head)
-                if grad_weight is not None:
-                    add_weight_grad(grad_weight, logits, chunk)
-                if grad_bias is not None:
-                    grad_bias += logits.sum(0, dtype=wide)
+        head = weight.to(dtype)
+        buffer = hidden.new_empty(at_most, vocab, dtype=dtype)
+        for lo, hi in spans(rows, at_most):
+            chunk = live_rows(hidden[lo:hi], live[lo:hi], dtype)
+            logits = torch.mm(chunk, head.t(), out=buffer[: hi - lo])
+            if not (needs_hidden or needs_weight or needs_bias):
+                softmax.measure(logits, targets[lo:hi], lo, bias, overwrite=True)
+                continue
+            softmax.measure_and_differentiate_(logits, targets[lo:hi], lo, grad_logps[lo:hi], bias)
+            if grad_hidden is not None:
+                set_hidden_grad(grad_hidden[lo:hi], logits, head)
+            if grad_weight is not None:
+                add_weight_grad(grad_weight, logits, chunk)
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=wide)
 
         logps = torch.where(live, softmax.logps, 0)
         total = (row_weights.double() * logps.double()).sum().to(logps.dtype)
