@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from barrierlm_kernels import (
 )
 from kernel_oracle import Batch
 
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[2] / "kernels"), "PATH": ""}
 T = torch.tensor
 N, H, V = 5, 3, 6
 
@@ -147,7 +149,7 @@ def test_import_needs_torch_alone():
         "heavy = new & {'triton', 'transformers', 'numpy', 'barrierlm'};"
         "assert 'barrierlm_kernels' in new and not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "kernels", "PATH": ""}, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, timeout=120)
 
 
 def test_runs_where_triton_cannot_be_imported():
@@ -156,4 +158,4 @@ def test_runs_where_triton_cannot_be_imported():
         "out = k.sequence_logprob(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([0, 1]));"
         "assert abs(out.logps.item() + 0.6931) < 1e-3, out"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "kernels", "PATH": ""}, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, timeout=120)
