@@ -280,12 +280,14 @@ class AdaptiveBarrier(_Learner):
 
     Each bound starts as `RelaxedLogBarrier` (linear extension), which reaches feasibility from anywhere
     without overshoot. Its plug-in multiplier mu/(-z) is only as good as z is precise, so mu cannot fall past
-    the noise of the estimates, and a bias of mu per bound would stay. At that point, or when a violation does
-    not come down for `patience` windows (its multiplier, at most mu/s, is too small), the bound keeps its mu and
-    becomes a `ModifiedBarrier` that starts from the multiplier then in force: nothing jumps. A learning
+    the noise of the estimates, and a bias of mu per bound would stay; and without noise, a small mu is stiff
+    (curvature lambda^2/mu) for the optimizer. So when noise stops mu, when mu has come down to ``smallest_mu``,
+    or when a violation does not come down for `patience` windows (its multiplier, at most mu/s, is too small),
+    the bound keeps its mu and becomes a `ModifiedBarrier` that starts from the multiplier then in force: nothing jumps. A learning
     bound that stays violated learns at full step again.
 
     Args:
+        smallest_mu: mu at which tightening ends even without noise, > 0.
         step: Initial step of the learned multipliers, in (0, 1].
         decay: Noisy windows after which the step has halved.
         patience: Windows in a row with a violation that does not come down: a sustained violation.
@@ -306,8 +308,13 @@ class AdaptiveBarrier(_Learner):
     #: The share of s from which on the noise counts as having stopped mu: just under one AdaptiveSchedule step.
     _STOPPED = 0.8
 
-    def __init__(self, *, step: float = 0.05, decay: float = 100.0, patience: int = 20) -> None:
+    def __init__(
+        self, smallest_mu: float = 0.1, *, step: float = 0.05, decay: float = 100.0, patience: int = 20
+    ) -> None:
         super().__init__(step, decay, patience)
+        if not (smallest_mu > 0 and math.isfinite(smallest_mu)):
+            raise ValueError(f"smallest_mu={smallest_mu!r}; allowed: smallest_mu > 0")
+        self.smallest_mu = float(smallest_mu)
         self._relaxed = RelaxedLogBarrier()
 
     def start(self, num_bounds: int) -> None:
@@ -339,7 +346,7 @@ class AdaptiveBarrier(_Learner):
         """Learn where handed over; hand over where noise or a sustained violation says so."""
         learning, known = self.learning, readings.known
         sustained = self._sustained(readings)
-        stopped = (known & (readings.noise >= self._STOPPED * mu**2)).any()
+        stopped = (known & ((readings.noise >= self._STOPPED * mu**2) | (mu <= self.smallest_mu))).any()
         hand_over = known & ~learning & (sustained | stopped)
         implied = self.multiplier(readings.z, mu, s) / _psi_slope(readings.z / mu)
         self._learn(readings, learning & known, sustained)

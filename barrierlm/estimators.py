@@ -191,6 +191,8 @@ class Scales:
 
     def update(self, rows: Tensor, center: Tensor) -> None:
         """Look at a window's reduced rows [K, NUM_COLUMNS], whose samples were centred by ``center`` [K]."""
+        if not bool(self.value.isnan().any()):
+            return
         n, d, dd = rows[:, Column.COUNT], rows[:, Column.SUM], rows[:, Column.SQUARES]
         raw = torch.stack([n, d + n * center, dd + 2 * center * d + n * center**2], 1)
         self._sums = self._sums + raw

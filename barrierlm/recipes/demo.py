@@ -8,6 +8,7 @@ from pathlib import Path
 from .evaluate import Evaluation, evaluate, print_evaluations, write_summary
 from .figure import draw_figure
 from .finetune import train
+from .model import save_model
 from .options import Options
 from .workspace import Workspace, build_objective, open_workspace
 
@@ -45,8 +46,7 @@ def demo(options: Options) -> dict[str, Evaluation]:
         write_summary(folder, evaluations)
         draw_figure(folder / "metrics.jsonl", options.constraints, folder / "figure.png")
         if options.save_model:
-            workspace.policy.lm.save_pretrained(folder / "model")
-            workspace.tokenizer.save_pretrained(folder / "model")
+            save_model(workspace.policy, workspace.tokenizer, options.model, folder / "model")
     print_evaluations(workspace.console, evaluations)
     workspace.console.print(
         f"Written to {folder}: metrics.jsonl, summary.json, figure.png", highlight=False, soft_wrap=True

@@ -21,7 +21,7 @@ from .costs import measure_rollouts
 from .data import DataOrder, Tokens
 from .evaluate import Evaluation, evaluate, print_evaluations, write_summary
 from .figure import draw_figure
-from .model import lay_out
+from .model import lay_out, save_model
 from .options import OptimOptions, Options
 from .progress import MetricsFile, ProgressBar
 from .rollout import Rollout
@@ -58,8 +58,7 @@ def finetune(options: Options) -> Evaluation:
         write_summary(folder, {"final": evaluation})
         draw_figure(folder / "metrics.jsonl", options.constraints, folder / "figure.png")
         if options.save_model:
-            workspace.policy.lm.save_pretrained(folder / "model")
-            workspace.tokenizer.save_pretrained(folder / "model")
+            save_model(workspace.policy, workspace.tokenizer, options.model, folder / "model")
     print_evaluations(workspace.console, {"final": evaluation})
     return evaluation
 

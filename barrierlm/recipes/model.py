@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import warnings
@@ -273,6 +274,18 @@ def _add_lora(lm: Any, options: ModelOptions) -> Any:
     with warnings.catch_warnings():  # peft reads a name that transformers is about to drop
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         return get_peft_model(lm, config)
+
+
+def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, options: ModelOptions, folder: Path) -> None:
+    """Write what was trained: the adapters, or all weights.
+
+    The packaged model is written whole, in fp32 with its adapters merged: no base that peft could load belongs to them.
+    """
+    lm = policy.lm
+    if options.lora_rank and options.name == PACKAGED:
+        lm = copy.deepcopy(lm).float().merge_and_unload()
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def quiet_transformers() -> None:
