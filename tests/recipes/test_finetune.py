@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from barrierlm.cli import main
 from barrierlm.recipes.config import ConfigError, load_options
@@ -225,9 +226,14 @@ def test_the_core_does_not_import_the_recipe():
 
 def launch(processes: int, overrides: list[str]) -> None:
     root = Path(__file__).parents[2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+    }
     config = root / "barrierlm" / "recipes" / "configs" / "demo.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
+    command += ["--multi_gpu"] if processes > 1 else []  # its name for torchrun; with --cpu it starts one process
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     command += ["-m", "barrierlm.cli", "finetune", str(config), *overrides]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -257,4 +263,5 @@ def test_the_packaged_model_end_to_end(tmp_path: Path):
     extra = ["optim.steps=2", "rollout.prompts=4", "evaluation.prompts=4", "evaluation.pairs=4", "data.max_pairs=50"]
     evaluations = demo(load_options("demo", [*extra, f"output_dir={tmp_path}", "rollout.max_new_tokens=48"]))
     assert evaluations["sft"].nll < evaluations["start"].nll
-    assert (tmp_path / "model" / "adapter_model.safetensors").exists()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert saved.num_parameters() == 134_515_008
