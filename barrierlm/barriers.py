@@ -283,8 +283,8 @@ class AdaptiveBarrier(_Learner):
     the noise of the estimates, and a bias of mu per bound would stay; and without noise, a small mu is stiff
     (curvature lambda^2/mu) for the optimizer. So when noise stops mu, when mu has come down to ``smallest_mu``,
     or when a violation does not come down for `patience` windows (its multiplier, at most mu/s, is too small),
-    the bound keeps its mu and becomes a `ModifiedBarrier` that starts from the multiplier then in force: nothing jumps. A learning
-    bound that stays violated learns at full step again.
+    the bound keeps its mu and becomes a `ModifiedBarrier` that starts from the multiplier then in force: nothing
+    jumps. A learning bound that stays violated learns at full step again.
 
     Args:
         smallest_mu: mu at which tightening ends even without noise, > 0.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .barriers import Readings, Rule
 from .constraints import Bounds
-from .diagnostics import BoundState, FeasibilityWatch, Report, tolerance, verdict
+from .diagnostics import BoundState, FeasibilityWatch, Report, verdict, verdict_tolerance
 from .estimators import EMA, Column, Scales
 from .sampling import PositionBaseline
 from .schedules import Schedule
@@ -38,7 +38,8 @@ class Committed:
         self.positions = PositionBaseline(num_constraints, estimator.smoothing)
         self.watch = FeasibilityWatch(len(bounds))
         self.nonfinite = torch.zeros(num_constraints, dtype=torch.float64)
-        self._refresh()
+        self.baselines = self.positions.table()
+        self._refresh(*self._read())
 
     @property
     def base_mu(self) -> float:
@@ -61,18 +62,19 @@ class Committed:
             window_mean = self.estimator.center + rows[:, Column.SUM] / rows[:, Column.COUNT]
             self.scales.update(rows, self.estimator.center)
             measured = self.estimator.update(rows)
-            self.positions.update(rows)
+            if self.positions.update(rows):
+                self.baselines = self.positions.table()
+            readings, near = self._read()
             if tick:
-                readings, near = self._read()
                 known = readings.known & measured[self.bounds.index]
                 window_z = self.bounds.violation(window_mean, self.scales.value)
                 z, window_z, noise = (torch.where(known, x, 0.0) for x in (readings.z, window_z, readings.noise))
-                readings = Readings(z, window_z, noise, known)
-                self.rule.update(readings, mu, s)
-                self.schedule.tick(readings)
+                news = Readings(z, window_z, noise, known)
+                self.rule.update(news, mu, s)
+                self.schedule.tick(news)
                 self.watch.update(readings.z, near)
                 self.windows += 1
-            self._refresh()
+            self._refresh(readings, near)
         return True
 
     def _parts(self) -> dict[str, Any]:
@@ -112,23 +114,24 @@ class Committed:
                 part.load_state_dict(state[name])
             self.windows = int(state["windows"])
             self.nonfinite = state["nonfinite"].detach().cpu().clone()
-            self._refresh()
+            self.baselines = self.positions.table()
+            self._refresh(*self._read())
 
     def _read(self) -> tuple[Readings, Tensor]:
         """The bounds' readings, and how far from a bound an estimate still counts as at it [m]."""
         index, scale = self.bounds.index, self.scales.value
-        z = self.bounds.violation(self.estimator.mean, scale)
+        self.mean, self.stderr = self.estimator.mean, self.estimator.stderr
+        z = self.bounds.violation(self.mean, scale)
         known = z.isfinite()
-        stderr = (self.estimator.stderr / scale)[index]
+        stderr = (self.stderr / scale)[index]
         # A standard error that is not known yet counts as one scale.
         noise = self.noise_floor * stderr.nan_to_num(1.0)
         zero = torch.zeros_like(z)
         z = torch.where(known, z, zero)
-        return Readings(z, z, torch.where(known, noise, zero), known), tolerance(stderr)
+        return Readings(z, z, torch.where(known, noise, zero), known), verdict_tolerance(stderr)
 
-    def _refresh(self) -> None:
+    def _refresh(self, readings: Readings, near: Tensor) -> None:
         """Multipliers, weights and rows for the next window, from the committed estimates."""
-        readings, tol = self._read()
         z, _, noise, known = readings
         base = torch.full_like(z, self.base_mu)
         if self.rule.s is None:
@@ -149,17 +152,16 @@ class Committed:
             0, self.bounds.index, torch.where(known, self.bounds.sign * multiplier / scale, 0.0)
         )
         self.mu, self.s, self.weights, self.penalty = mu, s, weights, value.sum()
-        self.baselines = self.positions.table()
-        self.report = self._rows_of(readings, tol, multiplier, scale)
+        self.report = self._rows_of(readings, near, multiplier, scale)
 
-    def _rows_of(self, readings: Readings, tol: Tensor, multiplier: Tensor, scale: Tensor) -> Report:
-        mean, stderr = self.estimator.mean.tolist(), self.estimator.stderr.tolist()
+    def _rows_of(self, readings: Readings, near: Tensor, multiplier: Tensor, scale: Tensor) -> Report:
+        mean, stderr = self.mean.tolist(), self.stderr.tolist()
         together = self.watch.together()
         z = torch.where(readings.known, readings.z, math.nan).tolist()
-        columns = [x.tolist() for x in (self.bounds.value, multiplier, self.mu, self.s, scale, tol)]
+        columns = [x.tolist() for x in (self.bounds.value, multiplier, self.mu, self.s, scale, near)]
         rows = []
         for i, (k, side) in enumerate(self.bounds.sides):
-            bound, lam, mu, s, unit, near = (column[i] for column in columns)
+            bound, lam, mu, s, unit, tolerance = (column[i] for column in columns)
             others = [self.bounds.labels[j] for j in together if j != i] if i in together else []
             slack = (mean[k] - bound) if side == "lower" else (bound - mean[k])
             rows.append(
@@ -174,7 +176,7 @@ class Committed:
                     mu=mu,
                     s=s,
                     scale=unit,
-                    verdict=verdict(z[i], near, others),
+                    verdict=verdict(z[i], tolerance, others),
                 )
             )
         return Report(rows)

@@ -91,7 +91,7 @@ class FeasibilityWatch:
         self.run, self.best, self.stale = (state[key].detach().cpu().clone() for key in ("run", "best", "stale"))
 
 
-def tolerance(stderr: Tensor) -> Tensor:
+def verdict_tolerance(stderr: Tensor) -> Tensor:
     """Distance from a bound, in units of the scale, below which it counts as active: 2 stderr, or a hundredth."""
     return (2 * stderr.nan_to_num(0.0)).clamp(min=0.01)
 

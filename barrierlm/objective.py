@@ -292,7 +292,7 @@ class BarrierObjective:
         Numbers that are not known yet are NaN.
         """
         metrics = {"barrier/mu": self._committed.base_mu, "barrier/penalty": float(self._committed.penalty)}
-        mean, stderr = self.estimator.mean.tolist(), self.estimator.stderr.tolist()
+        mean, stderr = self._committed.mean.tolist(), self._committed.stderr.tolist()
         for k, name in enumerate(self._committed.bounds.names):
             metrics[f"constraints/{name}/value"] = mean[k]
             metrics[f"constraints/{name}/stderr"] = stderr[k]

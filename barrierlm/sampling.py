@@ -46,12 +46,15 @@ class PositionBaseline:
         self.smoothing = smoothing
         self._sums = torch.zeros(num_constraints, 2, NUM_POSITIONS, dtype=torch.float64)
 
-    def update(self, rows: Tensor) -> None:
-        """Commit a window's reduced rows [K, NUM_COLUMNS]."""
+    def update(self, rows: Tensor) -> bool:
+        """Commit a window's reduced rows [K, NUM_COLUMNS]; False if it had no per-token costs."""
         window = rows[:, Column.POSITIONS :].reshape(-1, 2, NUM_POSITIONS)
-        measured = (window[:, 1].sum(-1) > 0)[:, None, None]
+        measured = window[:, 1].sum(-1) > 0
+        if not bool(measured.any()):
+            return False
         moved = (1 - self.smoothing) * self._sums + self.smoothing * window
-        self._sums = torch.where(measured, moved, self._sums)
+        self._sums = torch.where(measured[:, None, None], moved, self._sums)
+        return True
 
     def table(self) -> Tensor:
         """Baselines [K, NUM_POSITIONS]; 0 where nothing has been seen."""

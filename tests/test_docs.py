@@ -1,0 +1,113 @@
+"""Documents are executed: Python blocks run, commands exist, options are listed, every public name is explained."""
+
+import doctest
+import importlib
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import barrierlm_kernels
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+import barrierlm
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md")])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_python_blocks_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    document = Sybil(parsers=[PythonCodeBlockParser()], path=str(ROOT)).parse(path)
+    blocks = list(document.examples())
+    assert len(blocks) == path.read_text(encoding="utf-8").count("```python")
+    for block in blocks:
+        block.evaluate()
+
+
+def shell_lines():
+    for path in DOCUMENTS:
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.splitlines():
+                if line.split("#")[0].strip():
+                    yield pytest.param(line.split("#")[0].strip(), id=f"{path.name}: {line[:40]}")
+
+
+@pytest.mark.parametrize("line", list(shell_lines()))
+def test_commands_exist(line):
+    from barrierlm.cli import _parser
+    from barrierlm.recipes.config import load_options
+
+    words = shlex.split(line)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert words[1] in targets
+        return
+    if words[0] == "accelerate":
+        assert words[words.index("-m") + 1] == "barrierlm.cli"
+        words = ["barrierlm", *words[words.index("-m") + 2 :]]
+    assert words[0] == "barrierlm"
+    arguments = _parser().parse_args(words[1:])
+    if arguments.command == "finetune":
+        load_options(arguments.config, list(arguments.overrides))
+
+
+def test_yaml_blocks_are_valid_configurations(tmp_path):
+    from barrierlm.recipes.config import load_options
+
+    blocks = [b for p in DOCUMENTS for b in re.findall(r"```yaml\n(.*?)```", p.read_text(encoding="utf-8"), re.DOTALL)]
+    assert blocks
+    for block in blocks:
+        config = tmp_path / "config.yaml"
+        config.write_text(block, encoding="utf-8")
+        load_options(str(config), [])
+
+
+def test_the_option_table_is_current():
+    from barrierlm.recipes.config import option_table
+
+    committed = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert option_table().strip() in committed, "run `make docs-options`"
+
+
+def public():
+    for package in (barrierlm, barrierlm_kernels):
+        for name in package.__all__:
+            yield pytest.param(getattr(package, name), id=f"{package.__name__}.{name}")
+
+
+@pytest.mark.parametrize("thing", list(public()))
+def test_public_names_are_documented(thing):
+    text = inspect.getdoc(thing) or ""
+    assert len(text.splitlines()[0]) > 20, "one line that says what it is"
+    own_init = inspect.isfunction(thing) or (
+        inspect.isclass(thing) and not inspect.isabstract(thing) and not issubclass(thing, tuple)
+    )
+    if own_init and not thing.__name__.endswith("Output"):
+        assert ">>>" in text, "a runnable example"
+        parameters = [p for p in inspect.signature(thing).parameters if p not in ("args", "kwargs")]
+        for parameter in parameters:
+            assert re.search(rf"\b{parameter}\b", text), f"argument {parameter} is not documented"
+        if parameters:
+            assert "Args:" in text
+            assert "Raises:" in text
+    if inspect.isclass(thing):
+        for name, member in inspect.getmembers(thing, callable):
+            if not name.startswith("_") and (getattr(member, "__module__", "") or "").startswith("barrierlm"):
+                assert inspect.getdoc(member), f"{name} is not documented"
+
+
+MODULES = ["baselines", "barriers", "constraints", "estimators", "objective", "sampling", "schedules"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(f"barrierlm.{name}")
+    names = {key: getattr(barrierlm, key) for key in barrierlm.__all__}
+    result = doctest.testmod(module, extraglobs={"torch": torch, **names})
+    assert result.attempted > 0
+    assert result.failed == 0
