@@ -9,7 +9,8 @@ from .baselines import AugmentedLagrangian, DualAscent
 from .constraints import Constraint
 from .diagnostics import BoundState, Report
 from .estimators import EMA, BatchMean
-from .objective import BarrierObjective, ObjectiveOutput
+from .objective import BarrierObjective
+from .output import ObjectiveOutput
 from .sampling import Sampled
 from .schedules import AdaptiveSchedule, ConstantSchedule, ExponentialSchedule, Schedule
 

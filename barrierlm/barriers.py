@@ -17,13 +17,14 @@ from torch import Tensor
 class Readings(NamedTuple):
     """What a committed window says about each bound, as vectors [m] in units of the constraints' scales.
 
-    ``z`` is the violation at the estimate, ``window_z`` at the mean of the newest window alone, ``noise`` the
-    noise floor's share of the estimate's standard error (0 when exact or switched off). ``known`` tells which
-    bounds the window has measured; the others hold 0.
+    ``z`` is the violation at the estimate, ``window_z`` at the mean of the newest window alone, ``stderr`` the
+    estimate's standard error (0 when exact, 1 when not known yet), and ``noise`` that times the noise floor.
+    ``known`` tells which bounds the window has measured; the others hold 0.
     """
 
     z: Tensor
     window_z: Tensor
+    stderr: Tensor
     noise: Tensor
     known: Tensor
 
@@ -52,7 +53,11 @@ class Rule(ABC):
         """Prepare for m bounds and forget everything; called by the objective."""
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:  # noqa: B027
-        """Learn from a committed window (mu and s as they were in force during it)."""
+        """Learn from a committed window (mu and s as the schedule and the noise floor had them during it)."""
+
+    def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The mu and s [m] that the rule really uses, for the report."""
+        return mu, s
 
     def state_dict(self) -> dict[str, Any]:
         """A deep copy of what was learned: tensors only."""
@@ -69,7 +74,7 @@ class LogBarrier(Rule):
 
     .. math:: B(z) = -\mu \log(-z), \qquad \lambda = \mu / (-z)
 
-    It is infinite for z >= 0; the objective raises there rather than train on infinity.
+    It is infinite for z >= 0; ``objective.step()`` raises there rather than go on with an infinite multiplier.
 
     Example:
         >>> one = torch.ones(1)
@@ -213,7 +218,7 @@ class _Learner(Rule):
 
     def _sustained(self, readings: Readings) -> Tensor:
         """Count the windows in which a violation does not come down; which bounds [m] have used up patience."""
-        violated = readings.known & (readings.z > 2 * readings.noise)
+        violated = readings.known & (readings.z > 2 * readings.stderr)
         fresh = violated & ((self.stalled == 0) | (readings.z < 0.9 * self.stalled_at))
         self.stalled_at = torch.where(fresh, readings.z, self.stalled_at)
         count = torch.where(fresh, 1.0, self.stalled + violated)
@@ -228,7 +233,7 @@ class _Learner(Rule):
         move = self.step / (1 + age / self.decay) * self.learned.clamp(min=1) * readings.window_z.clamp(-1, 1)
         learned = (self.learned + move).clamp(0, _MAX_MULTIPLIER)
         self.learned = torch.where(mask, learned, self.learned)
-        self.age = torch.where(mask & (readings.noise > 0), age + 1, age)
+        self.age = torch.where(mask & (readings.stderr > 0), age + 1, age)
 
 
 class ModifiedBarrier(_Learner):
@@ -283,8 +288,8 @@ class AdaptiveBarrier(_Learner):
     the noise of the estimates, and a bias of mu per bound would stay; and without noise, a small mu is stiff
     (curvature lambda^2/mu) for the optimizer. So when noise stops mu, when mu has come down to ``smallest_mu``,
     or when a violation does not come down for `patience` windows (its multiplier, at most mu/s, is too small),
-    the bound keeps its mu and becomes a `ModifiedBarrier` that starts from the multiplier then in force: nothing
-    jumps. A learning bound that stays violated learns at full step again.
+    the bound keeps its mu and becomes a `ModifiedBarrier` that starts from the multiplier then in force, which
+    therefore does not jump. A learning bound that stays violated learns at full step again.
 
     Args:
         smallest_mu: mu at which tightening ends even without noise, > 0.
@@ -348,7 +353,14 @@ class AdaptiveBarrier(_Learner):
         sustained = self._sustained(readings)
         stopped = (known & ((readings.noise >= self._STOPPED * mu**2) | (mu <= self.smallest_mu))).any()
         hand_over = known & ~learning & (sustained | stopped)
-        implied = self.multiplier(readings.z, mu, s) / _psi_slope(readings.z / mu)
+        # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
+        own = torch.maximum(mu, readings.noise.sqrt())
+        implied = self.multiplier(readings.z, own, own**2) / _psi_slope(readings.z / own)
         self._learn(readings, learning & known, sustained)
         self.learned = torch.where(hand_over, implied, self.learned)
-        self.frozen_mu = torch.where(hand_over, mu, self.frozen_mu)
+        self.frozen_mu = torch.where(hand_over, own, self.frozen_mu)
+
+    def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The frozen mu where the bound has been handed over."""
+        own = torch.where(self.learning, self.frozen_mu, mu)
+        return own, torch.where(self.learning, own**2, s)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -25,16 +27,16 @@ def check_call(names: tuple[str, ...], measurements: Any, num_samples: Any, loss
         if isinstance(n, Tensor):
             if n.dim() != 0:
                 raise ValueError(f"num_samples_in_window[{name!r}] has shape {tuple(n.shape)}; allowed: 0-d")
-        elif isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"num_samples_in_window[{name!r}]={n!r}; allowed: an integer >= 1")
-    if isinstance(loss_divisor, bool) or not isinstance(loss_divisor, int | float) or not loss_divisor > 0:
-        raise ValueError(f"loss_divisor={loss_divisor!r}; allowed: a number > 0")
+        elif isinstance(n, bool) or not isinstance(n, Integral) or n < 0:
+            raise ValueError(f"num_samples_in_window[{name!r}]={n!r}; allowed: an integer >= 0")
+    if isinstance(loss_divisor, bool) or not isinstance(loss_divisor, Real) or not 0 < float(loss_divisor) < math.inf:
+        raise ValueError(f"loss_divisor={loss_divisor!r}; allowed: a finite number > 0")
 
 
 def _check_measurement(name: str, value: Any) -> None:
-    gradients = torch.is_grad_enabled()
+    gradients = torch.is_grad_enabled()  # an empty micro-batch has none to give
     if isinstance(value, Sampled):
-        if gradients and not value.logps.requires_grad:
+        if gradients and not value.logps.requires_grad and value.logps.numel():
             raise ValueError(
                 f"measurements[{name!r}]: logps do not require grad; allowed: log-probabilities that the policy "
                 "computed with gradients on"
@@ -48,7 +50,7 @@ def _check_measurement(name: str, value: Any) -> None:
         raise TypeError(f"measurements[{name!r}] has dtype {value.dtype}; allowed: a floating dtype")
     if value.dim() > 1:
         raise ValueError(f"measurements[{name!r}] has shape {tuple(value.shape)}; allowed: [n] or 0-d")
-    if gradients and not value.requires_grad:
+    if gradients and not value.requires_grad and value.numel():
         raise ValueError(
             f"measurements[{name!r}] is a tensor without gradient: a constraint that does nothing. Did you mean "
             "Sampled(values=..., logps=...)? allowed: a tensor with gradient, or Sampled"

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,18 @@ from torch import Tensor
 from .barriers import Readings, Rule
 from .constraints import Bounds
 from .diagnostics import BoundState, FeasibilityWatch, Report, verdict, verdict_tolerance
-from .estimators import EMA, Column, Scales
+from .estimators import EMA, Column, Scales, wide_dtype
 from .sampling import PositionBaseline
 from .schedules import Schedule
+
+
+class View(NamedTuple):
+    """The committed numbers that a call needs: center [K], baselines [K, NUM_POSITIONS], weights [K], penalty."""
+
+    center: Tensor
+    baselines: Tensor
+    weights: Tensor
+    penalty: Tensor
 
 
 class Committed:
@@ -33,8 +42,12 @@ class Committed:
         self.windows = 0
         num_constraints = len(bounds.constraints)
         rule.start(len(bounds))
-        estimator.start(num_constraints)
-        self.scales = Scales(bounds)
+        # A bound is the natural origin: sums of squares of first samples lose no digits to a large offset.
+        origin = torch.tensor(
+            [c.upper if c.lower is None else c.lower for c in bounds.constraints], dtype=torch.float64
+        )
+        estimator.start(origin)
+        self.scales = Scales(bounds, origin)
         self.positions = PositionBaseline(num_constraints, estimator.smoothing)
         self.watch = FeasibilityWatch(len(bounds))
         self.nonfinite = torch.zeros(num_constraints, dtype=torch.float64)
@@ -68,8 +81,10 @@ class Committed:
             if tick:
                 known = readings.known & measured[self.bounds.index]
                 window_z = self.bounds.violation(window_mean, self.scales.value)
-                z, window_z, noise = (torch.where(known, x, 0.0) for x in (readings.z, window_z, readings.noise))
-                news = Readings(z, window_z, noise, known)
+                z, window_z, stderr, noise = (
+                    torch.where(known, x, 0.0) for x in (readings.z, window_z, readings.stderr, readings.noise)
+                )
+                news = Readings(z, window_z, stderr, noise, known)
                 self.rule.update(news, mu, s)
                 self.schedule.tick(news)
                 self.watch.update(readings.z, near)
@@ -124,15 +139,13 @@ class Committed:
         z = self.bounds.violation(self.mean, scale)
         known = z.isfinite()
         stderr = (self.stderr / scale)[index]
-        # A standard error that is not known yet counts as one scale.
-        noise = self.noise_floor * stderr.nan_to_num(1.0)
-        zero = torch.zeros_like(z)
-        z = torch.where(known, z, zero)
-        return Readings(z, z, torch.where(known, noise, zero), known), verdict_tolerance(stderr)
+        z = torch.where(known, z, 0.0)
+        noise = torch.where(known, stderr.nan_to_num(1.0), 0.0)  # not known yet: counts as one scale
+        return Readings(z, z, noise, self.noise_floor * noise, known), verdict_tolerance(stderr)
 
     def _refresh(self, readings: Readings, near: Tensor) -> None:
         """Multipliers, weights and rows for the next window, from the committed estimates."""
-        z, _, noise, known = readings
+        z, noise, known = readings.z, readings.noise, readings.known
         base = torch.full_like(z, self.base_mu)
         if self.rule.s is None:
             mu = torch.maximum(base, noise.sqrt())
@@ -153,12 +166,22 @@ class Committed:
         )
         self.mu, self.s, self.weights, self.penalty = mu, s, weights, value.sum()
         self.report = self._rows_of(readings, near, multiplier, scale)
+        self._views: dict[torch.device, View] = {}
+
+    def view(self, device: torch.device) -> View:
+        """What a call reads, on ``device``: copied there once per window, without waiting for it."""
+        if device not in self._views:
+            wide = wide_dtype(device)
+            parts = (self.estimator.center, self.baselines, self.weights, self.penalty)
+            self._views[device] = View(*(x.to(device, wide, non_blocking=True) for x in parts))
+        return self._views[device]
 
     def _rows_of(self, readings: Readings, near: Tensor, multiplier: Tensor, scale: Tensor) -> Report:
         mean, stderr = self.mean.tolist(), self.stderr.tolist()
         together = self.watch.together()
         z = torch.where(readings.known, readings.z, math.nan).tolist()
-        columns = [x.tolist() for x in (self.bounds.value, multiplier, self.mu, self.s, scale, near)]
+        in_force = self.rule.in_force(self.mu, self.s)
+        columns = [x.tolist() for x in (self.bounds.value, multiplier, *in_force, scale, near)]
         rows = []
         for i, (k, side) in enumerate(self.bounds.sides):
             bound, lam, mu, s, unit, tolerance = (column[i] for column in columns)

@@ -56,39 +56,36 @@ class Report(tuple[BoundState, ...]):
 class FeasibilityWatch:
     """Notices bounds that cannot be met at once, from the violations alone.
 
-    Two or more bounds that have been violated beyond their noise for `PATIENCE` windows, while the worst
-    violation has not come down by a hundredth in as many windows, are reported as infeasible together. This
-    is evidence from the run, not a proof: a learning rate of zero looks the same.
+    Two or more bounds that have been violated beyond their noise for `PATIENCE` windows, none of which has come
+    down by a hundredth in as many windows, are reported as infeasible together. This is evidence from the run,
+    not a proof: a learning rate of zero looks the same.
     """
 
     PATIENCE = 50
 
     def __init__(self, num_bounds: int) -> None:
-        self.run = torch.zeros(num_bounds, dtype=torch.float64)
-        self.best = torch.full((), float("inf"), dtype=torch.float64)
-        self.stale = torch.zeros((), dtype=torch.float64)
+        self.best = torch.full((num_bounds,), torch.inf, dtype=torch.float64)
+        self.stuck = torch.zeros(num_bounds, dtype=torch.float64)
 
     def update(self, z: Tensor, tolerance: Tensor) -> None:
         """One committed window with violations ``z`` [m] that mean something beyond ``tolerance`` [m]."""
         violated = z > tolerance
-        self.run = torch.where(violated, self.run + 1, 0.0)
-        worst = torch.where(violated, z, 0.0).max()
-        improved = bool(worst < 0.99 * self.best) or not bool(violated.any())
-        self.best = torch.minimum(self.best, worst) if bool(violated.any()) else torch.full_like(worst, torch.inf)
-        self.stale = torch.zeros_like(self.stale) if improved else self.stale + 1
+        improved = z < 0.99 * self.best
+        self.stuck = torch.where(violated & ~improved, self.stuck + 1, 0.0)
+        self.best = torch.where(violated, torch.where(improved, z, self.best), torch.inf)
 
     def together(self) -> list[int]:
         """The bounds that do not seem to have a common solution; fewer than two: none."""
-        stuck = torch.nonzero(self.run >= self.PATIENCE).flatten().tolist()
-        return stuck if len(stuck) > 1 and float(self.stale) >= self.PATIENCE else []
+        stuck: list[int] = torch.nonzero(self.stuck >= self.PATIENCE).flatten().tolist()
+        return stuck if len(stuck) > 1 else []
 
     def state_dict(self) -> dict[str, Any]:
         """A deep copy of the state: tensors only."""
-        return {"run": self.run.clone(), "best": self.best.clone(), "stale": self.stale.clone()}
+        return {"best": self.best.clone(), "stuck": self.stuck.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.run, self.best, self.stale = (state[key].detach().cpu().clone() for key in ("run", "best", "stale"))
+        self.best, self.stuck = (state[key].detach().cpu().clone() for key in ("best", "stuck"))
 
 
 def verdict_tolerance(stderr: Tensor) -> Tensor:

@@ -11,7 +11,12 @@ def world_size(group: dist.ProcessGroup | None) -> int:
     """Number of ranks that share the window; 1 without torch.distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
-    return dist.get_world_size(group)
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise RuntimeError(
+            f"process_group={group!r} does not hold rank {dist.get_rank()}; allowed: a group of this rank"
+        )
+    return size
 
 
 def sum_over_ranks(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:

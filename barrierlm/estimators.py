@@ -20,7 +20,7 @@ NUM_POSITIONS = 128
 
 
 class Column(IntEnum):
-    """Columns of a window's row. d is a sample minus the committed mean (0 before the first commit).
+    """Columns of a window's row. d is a sample minus the committed mean (a bound, before the first commit).
 
     Samples of one group are dependent, so the standard error is taken over groups: T and n are a group's sum
     of d and its size. A sample without a group is a group of its own.
@@ -90,11 +90,11 @@ class EMA:
         self.smoothing = float(smoothing)
         self._sums: dict[str, Tensor] = {}
 
-    def start(self, num_constraints: int) -> None:
-        """Forget everything and prepare for K constraints; called by the objective."""
-        zeros = torch.zeros(num_constraints, dtype=torch.float64)
+    def start(self, origin: Tensor) -> None:
+        """Forget everything; ``origin`` [K] is what first samples are centred by. Called by the objective."""
+        zeros = torch.zeros_like(origin, dtype=torch.float64)
         names = ("weight", "weight2", "within", "within_weight2", "spread", "mean", "exact")
-        self._sums = {name: zeros.clone() for name in names}
+        self._sums = {name: zeros.clone() for name in names} | {"mean": origin.double()}
 
     @property
     def known(self) -> Tensor:
@@ -108,7 +108,7 @@ class EMA:
 
     @property
     def center(self) -> Tensor:
-        """Estimates [K] with 0 before the first window: the baseline, and what samples are centred by."""
+        """Estimates [K], before the first window the origin: the baseline, and what samples are centred by."""
         return self._sums["mean"]
 
     @property
@@ -135,7 +135,9 @@ class EMA:
         ).clamp(min=0)
         has_spread = (groups > 1.5).double()
         variance = deviation / n**2 * groups / (groups - 1).clamp(min=0.5)
-        exact = (rows[:, Column.EXACT] >= count).double()
+        # Exact values that differ within a window are samples after all.
+        same = deviation <= 1e-20 * rows[:, Column.GROUP_SQUARES]
+        exact = ((rows[:, Column.EXACT] >= count) & same).double()
 
         a, s = self.smoothing, self._sums
         x = self.center + d
@@ -184,8 +186,8 @@ class Scales:
     first two or more samples. If those are all the same it is their distance from the bound.
     """
 
-    def __init__(self, bounds: Bounds) -> None:
-        self._bounds = bounds
+    def __init__(self, bounds: Bounds, origin: Tensor) -> None:
+        self._origin = origin
         self.value = torch.tensor([c.known_scale() for c in bounds.constraints], dtype=torch.float64)
         self._sums = torch.zeros(len(bounds.constraints), 3, dtype=torch.float64)
 
@@ -193,21 +195,18 @@ class Scales:
         """Look at a window's reduced rows [K, NUM_COLUMNS], whose samples were centred by ``center`` [K]."""
         if not bool(self.value.isnan().any()):
             return
-        n, d, dd = rows[:, Column.COUNT], rows[:, Column.SUM], rows[:, Column.SQUARES]
-        raw = torch.stack([n, d + n * center, dd + 2 * center * d + n * center**2], 1)
-        self._sums = self._sums + raw
+        # Sums about the origin, a bound of the constraint: large offsets cost no digits.
+        n, d, dd, shift = rows[:, Column.COUNT], rows[:, Column.SUM], rows[:, Column.SQUARES], center - self._origin
+        self._sums = self._sums + torch.stack([n, d + n * shift, dd + 2 * shift * d + n * shift**2], 1)
         value = self.value.clone()
         for k in torch.nonzero(value.isnan() & (n > 0)).flatten().tolist():
             count, total, squares = self._sums[k].tolist()
             if rows[k, Column.EXACT] >= n[k]:
                 value[k] = 1.0
             elif count >= 2:
-                mean = total / count
-                std = math.sqrt(max(squares - count * mean**2, 0.0) / (count - 1))
-                constraint = self._bounds.constraints[k]
-                bound = constraint.upper if constraint.upper is not None else constraint.lower
-                assert bound is not None  # a Constraint has at least one bound
-                value[k] = std if std > 1e-9 * abs(mean) else abs(mean - bound) or 1.0
+                distance = abs(total / count)
+                std = math.sqrt(max(squares - total**2 / count, 0.0) / (count - 1))
+                value[k] = std if std > 1e-9 * distance else distance or 1.0
         self.value = value
 
     def state_dict(self) -> dict[str, Any]:

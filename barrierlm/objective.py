@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from .constraints import Bounds, Constraint
 from .diagnostics import Report
 from .distributed import world_size
 from .estimators import EMA, Column
+from .output import ObjectiveOutput
 from .sampling import Measured, Sampled, measure_value
 from .schedules import AdaptiveSchedule, Schedule
 from .window import Window
@@ -27,29 +27,6 @@ Measurements = Mapping[str, Tensor | Sampled]
 
 #: Calls without a single `step()` after which the loop is told; more micro-batches than most windows have.
 _CALLS_BEFORE_WARNING = 32
-
-
-@dataclass(frozen=True)
-class ObjectiveOutput:
-    """What one call returns; only ``loss`` carries gradient.
-
-    ``loss`` is what to back-propagate, ``task_loss`` the user's own loss, ``penalty`` the rule's value at the
-    estimate, ``bounds`` one `BoundState` per bound, as they were when the call was made.
-    """
-
-    loss: Tensor
-    task_loss: Tensor
-    penalty: Tensor
-    bounds: Report
-    _objective: BarrierObjective = field(repr=False)
-
-    def metrics(self) -> dict[str, float]:
-        """Flat floats for a logger: this call's losses, and the objective's numbers as they are now.
-
-        After ``objective.step()`` these are the newly committed ones. Reading the losses waits for the device.
-        """
-        losses = {"loss/task": self.task_loss.item(), "loss/total": self.loss.item()}
-        return losses | self._objective.metrics()
 
 
 class BarrierObjective:
@@ -132,6 +109,10 @@ class BarrierObjective:
         for argument, part, kind in parts:
             if part is not None and not isinstance(part, kind):
                 raise TypeError(f"{argument} is {part!r}; allowed: an instance of a {kind.__name__}")
+            if part is not None and getattr(part, "_in_use", False):
+                raise ValueError(
+                    f"{argument} already belongs to another objective; allowed: a new {type(part).__name__}"
+                )
         self.loss_fn = loss_fn
         self.rule = rule or AdaptiveBarrier()
         self.schedule = schedule or AdaptiveSchedule()
@@ -141,6 +122,8 @@ class BarrierObjective:
         self.nonfinite = nonfinite
         self.gradient_reduction = gradient_reduction
         self.process_group = process_group
+        for owned in (self.rule, self.schedule, self.estimator):
+            owned._in_use = True  # type: ignore[union-attr]
         self._committed = Committed(Bounds(constraints), self.rule, self.schedule, self.estimator, self.noise_floor)
         self._window = Window(len(constraints))
         self._warned: set[str] = set()
@@ -261,8 +244,14 @@ class BarrierObjective:
 
         Raises:
             FloatingPointError: NaN or infinite measurements, with ``nonfinite="raise"``.
+            RuntimeError: Within an unfinished window.
             TypeError, ValueError: As for `combine`.
         """
+        if self._window.calls:
+            raise RuntimeError(
+                f"calibrate() after {self._window.calls} call(s) of an unfinished window; allowed: before the first "
+                "call, or after step() or discard_window()"
+            )
         with torch.no_grad():
             self._check_call(measurements, {}, 1)
             measured = self._measure(measurements)
@@ -335,22 +324,22 @@ class BarrierObjective:
         loss_divisor: float,
     ) -> ObjectiveOutput:
         if task_loss is None:
-            task_loss = torch.zeros((), device=next((_device(m) for m in measurements.values()), None))
+            device = next((_device(m) for m in measurements.values()), None)
+            task_loss = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
         if not isinstance(task_loss, Tensor) or not task_loss.is_floating_point() or task_loss.dim() != 0:
             given = tuple(task_loss.shape) if isinstance(task_loss, Tensor) else type(task_loss).__name__
             raise ValueError(f"task_loss is {given}; allowed: a 0-d floating torch.Tensor (take its mean or sum)")
         names = self._committed.bounds.names
         expected = {names.index(name): n for name, n in num_samples_in_window.items()}
-        with torch.autocast(task_loss.device.type, enabled=False):
-            measured = self._measure(measurements)
-            if self.multiplier == "current":
-                terms, penalty = self._barrier_terms(measured)
-            else:
-                terms = self._linear_terms(measured, expected, loss_divisor)
-                penalty = self._committed.penalty
-            loss = task_loss
-            for term in terms:
-                loss = loss + term.to(loss.device)
+        measured = self._measure(measurements)
+        if self.multiplier == "current":
+            terms, penalty = self._barrier_terms(measured)
+        else:
+            terms = self._linear_terms(measured, expected, loss_divisor)
+            penalty = self._committed.view(task_loss.device).penalty
+        loss = task_loss
+        for term in terms:
+            loss = loss + term.to(loss.device)
         if torch.is_grad_enabled():
             self._window.add(measured, expected)
             if self.windows == 0 and self._window.calls == _CALLS_BEFORE_WARNING:
@@ -359,7 +348,9 @@ class BarrierObjective:
                     f"{self._window.calls} calls without objective.step(): nothing is committed and the multipliers "
                     "stay as they are. Call objective.step() after each optimizer step.",
                 )
-        return ObjectiveOutput(loss, task_loss.detach(), penalty.to(loss.device), self._committed.report, self)
+        out = ObjectiveOutput(loss, task_loss.detach(), penalty.to(loss.device), self._committed.report)
+        out._committed_metrics = self.metrics
+        return out
 
     def _check_call(self, measurements: Any, num_samples: Any, loss_divisor: Any) -> None:
         check_call(self._committed.bounds.names, measurements, num_samples, loss_divisor)
@@ -368,16 +359,23 @@ class BarrierObjective:
                 f"multiplier='current' with {world_size(self.process_group)} ranks; allowed: one process (the barrier "
                 "of a rank's own mean has another gradient), or multiplier='committed'"
             )
+        if self.multiplier == "current" and (num_samples or loss_divisor != 1):
+            raise ValueError(
+                "num_samples_in_window or loss_divisor with multiplier='current'; allowed: one call per window there, "
+                "or multiplier='committed'"
+            )
 
     def _measure(self, measurements: Measurements) -> dict[int, Measured]:
-        center = self._committed.estimator.center
         measured = {}
         for k, name in enumerate(self._committed.bounds.names):
             value = measurements.get(name)
+            if value is None:
+                continue
+            view = self._committed.view(_device(value))
             if isinstance(value, Sampled):
-                measured[k] = value.measure(center[k], self._committed.baselines[k])
-            elif value is not None:
-                measured[k] = measure_value(value, center[k])
+                measured[k] = value.measure(view.center[k], view.baselines[k])
+            else:
+                measured[k] = measure_value(value, view.center[k])
         return measured
 
     def _linear_terms(
@@ -392,8 +390,10 @@ class BarrierObjective:
             if n is None:
                 share: float | Tensor = 1 / max(m.count, 1) / (ranks if self.gradient_reduction == "sum" else 1)
             else:
+                n = n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1)
                 share = loss_divisor * (ranks if self.gradient_reduction == "mean" else 1) / n
-            terms.append(m.total * (self._committed.weights[k].to(m.total) * share).to(m.total))
+            weight = self._committed.view(m.total.device).weights[k]
+            terms.append(m.total * (weight * share).to(m.total))
         return terms
 
     def _barrier_terms(self, measured: dict[int, Measured]) -> tuple[list[Tensor], Tensor]:
@@ -417,8 +417,7 @@ class BarrierObjective:
             )
             full = torch.zeros(len(self._committed.bounds), dtype=mean.dtype, device=mean.device)
             z = full.index_put((torch.tensor(rows, device=mean.device),), sign * (mean - bound) / unit)
-            mu = torch.full_like(full, self._committed.base_mu)
-            s = mu**2 if self.rule.s is None else torch.full_like(full, self.rule.s)
+            mu, s = self._committed.mu.to(full), self._committed.s.to(full)
             value = self.rule.value(z, mu, s)[rows].sum()
             terms.append(value)
             penalty = value.detach()
@@ -443,7 +442,7 @@ class BarrierObjective:
                 self._warn_once(
                     "expected",
                     f"num_samples_in_window[{names[k]!r}]={int(n)}, but the window had {found} samples: the "
-                    f"constraint's gradient was {found / int(n):.3g} times the right one.",
+                    f"constraint's gradient was {found / max(int(n), 1):.3g} times the right one.",
                 )
 
     def _warn_once(self, key: str, message: str) -> None:

@@ -217,6 +217,9 @@ class Sampled:
                 f"clip={clip!r}, old_logps {'given' if old_logps is not None else 'missing'}; "
                 "allowed: clip >= 0 together with old_logps"
             )
+        for other, tensor in (("logps", logps), ("groups", groups), ("old_logps", old_logps)):
+            if isinstance(tensor, Tensor) and tensor.device != values.device:
+                raise ValueError(f"{other} is on {tensor.device}, {argument} on {values.device}; allowed: one device")
         self.values, self.logps, self.groups = values, logps, groups
         self.old_logps, self.clip = old_logps, clip
 
@@ -246,17 +249,17 @@ class Sampled:
         """The micro-batch's differentiable total and its row of sums.
 
         Args:
-            center: Committed mean, 0-d.
-            positions: Committed baselines by position bucket [NUM_POSITIONS].
+            center: Committed mean, 0-d, on the device of the values.
+            positions: Committed baselines by position bucket [NUM_POSITIONS], likewise.
         """
         wide = wide_dtype(self.values.device)
-        inputs = (self.values, self.logps) if self.old_logps is None else (self.values, self.logps, self.old_logps)
-        nonfinite = torch.stack([(~torch.isfinite(x.detach())).sum() for x in inputs]).sum()
-        ok = nonfinite == 0
-        # One bad number drops the whole term: a partial sum would silently mean another average.
-        values = torch.where(ok, self.values, 0).to(wide)
-        logps = torch.where(ok, self.logps, 0).to(torch.promote_types(self.logps.dtype, torch.float32))
-        center, positions = center.to(values), positions.to(values)
+        values, old_logps = self.values.to(wide), self.old_logps
+        logps = self.logps.to(torch.promote_types(self.logps.dtype, torch.float32))
+        finite = torch.isfinite(values) & torch.isfinite(logps.detach())
+        if old_logps is not None:
+            finite = finite & torch.isfinite(old_logps)
+        # Bad numbers are replaced before anything is added up, and the whole term is dropped below.
+        values, logps = torch.where(finite, values, 0), torch.where(finite, logps, 0)
         row = values.new_zeros(NUM_COLUMNS)
 
         seq: Tensor | None = None
@@ -277,11 +280,11 @@ class Sampled:
             bucket = position_bucket(place - cu[seq])
             advantage = to_go - positions[bucket]
             half = Column.POSITIONS + NUM_POSITIONS
-            row[Column.POSITIONS : half].index_add_(0, bucket, torch.where(ok, to_go, 0))
-            row[half:].index_add_(0, bucket, ok.to(wide).expand_as(to_go))
+            row[Column.POSITIONS : half].index_add_(0, bucket, to_go)
+            row[half:].index_add_(0, bucket, torch.ones_like(to_go))
 
-        if self.old_logps is not None:
-            log_ratio = logps.detach().to(wide) - torch.where(ok, self.old_logps, 0).to(wide)
+        if old_logps is not None:
+            log_ratio = logps.detach().to(wide) - torch.where(finite, old_logps.detach(), 0).to(wide)
             if seq is not None:
                 log_ratio = torch.zeros_like(cost).index_add_(0, seq, log_ratio)
             ratio = log_ratio.exp()
@@ -290,24 +293,31 @@ class Sampled:
             cost = center + ratio * (cost - center)
             advantage = advantage * (ratio if seq is None else ratio[seq])
 
-        surrogate = (advantage.to(logps.dtype) * logps).sum()
-        total = torch.where(ok, cost.sum(), 0).to(logps.dtype) + (surrogate - surrogate.detach())
-        row[: Column.EXACT] = torch.where(ok, window_row(cost - center, self.groups), 0)
-        row[Column.NONFINITE] = nonfinite
-        return Measured(total, len(self), row)
+        advantage = advantage.to(logps.dtype)
+        nonfinite = (~finite).sum() + (~torch.isfinite(cost)).sum() + (~torch.isfinite(advantage)).sum()
+        surrogate = (torch.where(nonfinite == 0, advantage, 0) * logps).sum()
+        total = cost.sum().to(logps.dtype) + (surrogate - surrogate.detach())
+        row[: Column.EXACT] = window_row(cost - center, self.groups)
+        return _measured(total, len(self), row, nonfinite)
 
 
 def measure_value(value: Tensor, center: Tensor) -> Measured:
     """The same for a differentiable measurement: [n] samples, or 0-d for a value without sampling noise."""
-    exact = value.dim() == 0
-    wide = wide_dtype(value.device)
-    nonfinite = (~torch.isfinite(value.detach())).sum()
+    finite = torch.isfinite(value.detach())
+    clean = torch.where(finite, value, 0).to(torch.promote_types(value.dtype, torch.float32)).reshape(-1)
+    row = torch.zeros(NUM_COLUMNS, dtype=center.dtype, device=value.device)
+    row[: Column.EXACT] = window_row(clean.detach().to(row) - center)
+    row[Column.EXACT] = float(value.dim() == 0)
+    return _measured(clean.sum(), clean.shape[0], row, (~finite).sum())
+
+
+def _measured(total: Tensor, count: int, row: Tensor, nonfinite: Tensor) -> Measured:
+    """Drop the whole term if anything in it is not finite: a partial sum would silently mean another average."""
+    # Finite inputs may still overflow when they are squared or summed.
+    nonfinite = nonfinite + ((nonfinite == 0) & ~(torch.isfinite(row).all() & torch.isfinite(total.detach())))
     ok = nonfinite == 0
-    clean = torch.where(ok, value, 0).to(torch.promote_types(value.dtype, torch.float32)).reshape(-1)
-    row = torch.zeros(NUM_COLUMNS, dtype=wide, device=value.device)
-    d = clean.detach().to(wide) - center.to(row)
-    row[: Column.EXACT] = torch.where(ok, window_row(d), 0)
-    if exact:
-        row[Column.EXACT] = ok
+    alone = row[Column.BAD_GROUPS].clone()
+    row = torch.where(ok, row, 0)
     row[Column.NONFINITE] = nonfinite
-    return Measured(clean.sum(), clean.shape[0], row)
+    row[Column.BAD_GROUPS] = alone
+    return Measured(torch.where(ok, total, 0), count, row)

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .barriers import Readings
 
@@ -114,9 +113,9 @@ class ExponentialSchedule(Schedule):
 class AdaptiveSchedule(Schedule):
     r"""mu falls only when every bound is met and the estimates resolve the next width; needs no horizon.
 
-    A tick multiplies mu by ``factor`` if, for every measured bound, z <= 0 and the next :math:`s = \mu^2` is
-    larger than both the noise of z and its last movement: below either of these the multiplier
-    would follow the noise (or the optimizer's own steps) instead of the constraint. Otherwise mu holds.
+    A tick multiplies mu by ``factor`` if, for every bound measured so far, z <= 0 and the next
+    :math:`s = \mu^2` is larger than both the noise of z and its last movement: below either of these the
+    multiplier would follow the noise (or the optimizer's own steps) instead of the constraint. Otherwise mu holds.
 
     Args:
         start: First mu, > 0.
@@ -138,7 +137,9 @@ class AdaptiveSchedule(Schedule):
         if not 0 < factor < 1:
             raise ValueError(f"factor={factor!r}; allowed: 0 < factor < 1")
         self.factor = float(factor)
+        #: Per bound, when it was last measured: its violation, and the larger of its noise and its movement.
         self._last_z = torch.zeros(0, dtype=torch.float64)
+        self._last_coarse = torch.zeros(0, dtype=torch.float64)
 
     @property
     def mu(self) -> float:
@@ -148,16 +149,20 @@ class AdaptiveSchedule(Schedule):
         z, noise, known = readings.z, readings.noise, readings.known
         if not known.any():
             return
-        last: Tensor = self._last_z if len(self._last_z) == len(z) else torch.full_like(z, math.inf)
-        self._last_z = torch.where(known, z, math.inf)
+        if len(self._last_z) != len(z):
+            self._last_z, self._last_coarse = torch.full_like(z, math.nan), torch.zeros_like(z)
+        moved = (z - self._last_z).abs().nan_to_num(math.inf)
+        self._last_coarse = torch.where(known, torch.maximum(noise, moved), self._last_coarse)
+        self._last_z = torch.where(known, z, self._last_z)
         target = self._mu * self.factor
-        coarse = torch.maximum(noise, (z - last).abs())
-        if bool(((z <= 0) & (coarse <= target**2))[known].all()):
+        # A bound that was never measured (NaN) cannot speak against it.
+        if bool((~(self._last_z > 0) & (self._last_coarse <= target**2)).all()):
             self._mu = max(min(self._mu, self.end), target)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mu": self._mu, "last_z": self._last_z.clone()}
+        return {"mu": self._mu, "last_z": self._last_z.clone(), "last_coarse": self._last_coarse.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._mu = float(state["mu"])
         self._last_z = state["last_z"].detach().cpu().clone()
+        self._last_coarse = state["last_coarse"].detach().cpu().clone()

@@ -22,6 +22,7 @@ LAYERS = {
     "window": {"distributed", "estimators", "sampling"},
     "checks": {"sampling"},
     "committed": {"barriers", "constraints", "diagnostics", "estimators", "sampling", "schedules"},
+    "output": {"diagnostics"},
     "objective": {
         "barriers",
         "checks",
@@ -30,6 +31,7 @@ LAYERS = {
         "diagnostics",
         "distributed",
         "estimators",
+        "output",
         "sampling",
         "schedules",
         "window",
@@ -73,7 +75,7 @@ def test_kernels_folder_shadows_nothing():
 
 def test_import_loads_nothing_heavy():
     code = f"import sys, barrierlm, barrierlm_kernels; print([m for m in {HEAVY!r} if m in sys.modules])"
-    before = "import sys, torch; print([m for m in %r if m in sys.modules])" % (HEAVY,)
+    before = f"import sys, torch; print([m for m in {HEAVY!r} if m in sys.modules])"
     loaded, torch_loads = (subprocess.check_output([sys.executable, "-c", c], text=True) for c in (code, before))
     assert loaded == torch_loads
 

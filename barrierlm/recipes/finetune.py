@@ -78,7 +78,8 @@ def train(workspace: Workspace, folder: Path, *, constrained: bool = True, label
     began = time.perf_counter()
     options, accelerator, weights = workspace.options, workspace.accelerator, workspace.policy.trained()
     objective = build_objective(options) if constrained else None
-    optimizer = torch.optim.AdamW(weights, lr=1.0, weight_decay=options.optim.weight_decay)
+    betas = (options.optim.momentum, 0.999)
+    optimizer = torch.optim.AdamW(weights, lr=1.0, betas=betas, weight_decay=options.optim.weight_decay)
     model, optimizer = accelerator.prepare(workspace.policy, optimizer)
     torch.manual_seed(options.seed * 1_000_003 + accelerator.process_index)
     checkpoints = Checkpoints(folder / "checkpoints", accelerator, weights, optimizer, objective)

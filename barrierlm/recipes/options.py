@@ -93,6 +93,7 @@ class OptimOptions:
     warmup_steps: int = _option(5, "steps of linear warm-up", low=0)
     decay: str = _option("linear", "after the warm-up", choices=("linear", "cosine", "constant"))
     min_learning_rate: float = _option(0.1, "end of the decay, as a share of the peak", low=0)
+    momentum: float = _option(0.9, "AdamW's beta1; less follows a constraint with less delay", low=0)
     weight_decay: float = _option(0.0, "AdamW's decoupled weight decay", low=0)
     max_grad_norm: float = _option(1.0, "gradient norm is clipped at this", above=0)
 

@@ -33,8 +33,8 @@ def at(rule, z, mu, s):
 
 
 def readings(z, noise=0.0):
-    z = torch.tensor([z], dtype=F64)
-    return Readings(z, z, torch.tensor([noise], dtype=F64), torch.tensor([True]))
+    z, noise = torch.tensor([z], dtype=F64), torch.tensor([noise], dtype=F64)
+    return Readings(z, z, noise, noise, torch.tensor([True]))
 
 
 @pytest.mark.parametrize(("extension", "order"), ALL)
@@ -154,6 +154,16 @@ def test_hand_over_keeps_the_multiplier(z, mu):
     rule.update(readings(z, noise=mu**2), mu_t, mu_t**2)
     assert rule.learning.all()
     assert rule.multiplier(torch.tensor([z], dtype=F64), mu_t, mu_t**2).item() == pytest.approx(before.item())
+
+
+def test_a_late_noisy_bound_does_not_inherit_a_small_mu():
+    """mu may have come down with exact bounds before a noisy one is measured at all."""
+    rule = AdaptiveBarrier()
+    rule.start(1)
+    small = torch.full((1,), 1e-3, dtype=F64)
+    rule.update(readings(-0.05, noise=0.04), small, small**2)
+    assert rule.frozen_mu.item() == pytest.approx(0.2)
+    assert rule.in_force(small, small**2)[0].item() == pytest.approx(0.2)
 
 
 def test_no_hand_over_while_noise_is_small_and_the_bound_met():

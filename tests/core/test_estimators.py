@@ -109,9 +109,19 @@ def test_exact_values_have_no_noise_and_scale_one():
 
 def test_large_offsets_do_not_cancel():
     rng = np.random.default_rng(0)
-    windows = (1e4 + 1e-2 * rng.normal(size=(5, 64))).tolist()
-    stderr = run(windows, EMA(0.5)).metrics()["constraints/c/stderr"]
+    windows = (1e8 + 0.1 * rng.normal(size=(5, 64))).tolist()
+    objective = run(windows, EMA(0.5), constraint=Constraint("c", upper=1e8 + 5))
+    stderr = objective.metrics()["constraints/c/stderr"]
+    assert objective.report()[0].scale == pytest.approx(np.std(windows[0], ddof=1), rel=1e-3)
     assert stderr == pytest.approx(oracle.ema(windows, 0.5)[1], rel=1e-3)
+
+
+def test_exact_values_that_differ_within_a_window_are_samples():
+    objective = BarrierObjective(None, [Constraint("c", upper=1.0)])
+    for x in (0.0, 10.0):
+        objective(measurements={"c": torch.tensor(x, requires_grad=True)})
+    objective.step()
+    assert objective.metrics()["constraints/c/stderr"] == pytest.approx(5.0)
 
 
 def test_default_scales():

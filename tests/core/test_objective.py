@@ -209,6 +209,85 @@ def test_evaluation_within_a_window_does_not_touch_it():
     assert objective.metrics()["constraints/c/value"] == 2
 
 
+def test_calibrate_within_a_window_is_refused():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    objective(measurements={"c": exact(2.0)})
+    with pytest.raises(RuntimeError, match=r"calibrate\(\) after 1 call\(s\) of an unfinished window"):
+        objective.calibrate({"c": torch.tensor(100.0)})
+    objective.step()
+    assert objective.metrics()["constraints/c/value"] == 2
+
+
+def test_an_empty_rank_may_have_nothing_to_differentiate():
+    objective = relaxed([Constraint("a", upper=1.0), Constraint("b", upper=1.0)])
+    for _ in range(2):
+        out = objective(
+            measurements={"a": torch.zeros(0), "b": Sampled(torch.zeros(0), torch.zeros(0))},
+            num_samples_in_window={"a": torch.tensor(0), "b": 0},
+        )
+        out.loss.backward()
+    nothing = objective(measurements={})
+    nothing.loss.backward()
+    assert nothing.loss.item() == out.loss.item() == 0
+
+
+def test_the_output_unpacks_into_its_four_fields():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    loss, task_loss, penalty, bounds = objective.combine(exact(3.0), {"c": exact(2.0)})
+    assert (loss.item(), task_loss.item(), penalty.item()) == (3.0, 3.0, 0.0)
+    assert bounds == objective.report()
+
+
+def test_parts_belong_to_one_objective():
+    rule = RelaxedLogBarrier()
+    relaxed([C], rule=rule)
+    with pytest.raises(ValueError, match="rule already belongs to another objective; allowed: a new RelaxedLogBarrier"):
+        relaxed([C], rule=rule)
+
+
+def test_current_mode_takes_no_window_options():
+    objective = relaxed([C], multiplier="current")
+    for options in ({"num_samples_in_window": {"c": 4}}, {"loss_divisor": 2}):
+        with pytest.raises(ValueError, match="with multiplier='current'"):
+            objective(measurements={"c": exact(2.0)}, **options)
+
+
+def test_bounds_measured_at_different_times_do_not_stop_the_schedule():
+    objective = BarrierObjective(None, [Constraint("a", upper=1.0), Constraint("b", upper=1.0)], estimator=BatchMean())
+    for step in range(60):
+        objective(measurements={"ab"[step % 2]: exact(-3.0)})
+        objective.step()
+    assert objective.schedule.mu < 0.1
+    violated = BarrierObjective(None, [Constraint("a", upper=1.0), Constraint("b", upper=1.0)], estimator=BatchMean())
+    for step in range(60):
+        violated(measurements={"a": exact(-3.0), "b": exact(3.0)} if step % 4 == 0 else {"a": exact(-3.0)})
+        violated.step()
+    assert violated.schedule.mu == 1.0
+
+
+def test_a_call_copies_nothing_from_the_device():
+    """On the meta device there are no numbers to look at: any hidden synchronisation would raise."""
+    objective = BarrierObjective(
+        None, [Constraint("a", upper=1.0), Constraint("b", lower=1, upper=2), Constraint("c", upper=1.0)]
+    )
+    logps = torch.zeros(6, device="meta", requires_grad=True)
+    values = torch.zeros(6, device="meta")
+    groups = torch.zeros(6, dtype=torch.long, device="meta")
+    cu_seqlens = torch.zeros(4, dtype=torch.int32, device="meta")
+    for _ in range(2):
+        out = objective.combine(
+            logps.sum(),
+            {
+                "a": Sampled(values, logps, groups, old_logps=values),
+                "b": Sampled.per_token(values, logps, cu_seqlens),
+                "c": logps * 2,
+            },
+            num_samples_in_window={"a": 12},
+        )
+        out.loss.backward()
+    assert out.loss.device.type == "meta"
+
+
 def test_discard_window():
     objective = relaxed([Constraint("c", upper=1.0)])
     objective(measurements={"c": exact(100.0)})
@@ -384,9 +463,10 @@ LOGPS = torch.zeros(2, requires_grad=True)
             "logps do not require grad; allowed",
         ),
         ({"num_samples_in_window": {"x": 1}}, ValueError, "num_samples_in_window has 'x'"),
-        ({"num_samples_in_window": {"c": 0}}, ValueError, r"\['c'\]=0; allowed: an integer >= 1"),
+        ({"num_samples_in_window": {"c": -1}}, ValueError, r"\['c'\]=-1; allowed: an integer >= 0"),
         ({"num_samples_in_window": {"c": torch.zeros(2)}}, ValueError, r"shape \(2,\); allowed: 0-d"),
-        ({"loss_divisor": 0}, ValueError, "loss_divisor=0; allowed: a number > 0"),
+        ({"loss_divisor": 0}, ValueError, "loss_divisor=0; allowed: a finite number > 0"),
+        ({"loss_divisor": math.inf}, ValueError, "loss_divisor=inf; allowed: a finite number > 0"),
     ],
 )
 def test_call_errors_change_nothing(call, error, message):
@@ -550,7 +630,7 @@ def test_a_damaged_state_changes_nothing():
     objective.step()
     before = state_of(objective)
     damaged = state_of(objective)
-    del damaged["watch"]["run"]
+    del damaged["watch"]["best"]
     damaged["estimator"]["mean"] += 1
     with pytest.raises(KeyError):
         objective.load_state_dict(damaged)

@@ -206,6 +206,40 @@ def test_empty_micro_batch_is_a_connected_zero():
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+@pytest.mark.parametrize("shift", [100.0, 800.0])
+def test_an_overflowing_importance_ratio_is_nonfinite(policy, shift):
+    logps = torch.zeros(2, requires_grad=True)
+    objective = BarrierObjective(None, [Constraint("c", upper=1.0)], nonfinite=policy)
+    objective.calibrate({"c": torch.tensor([1.0, 3.0])})
+    out = objective(measurements={"c": Sampled(torch.ones(2), logps, old_logps=logps.detach() - shift)})
+    assert torch.isfinite(out.loss)
+    if policy == "raise":
+        with pytest.raises(FloatingPointError, match="for 'c'"):
+            objective.step()
+    else:
+        objective.step()
+        assert objective.metrics()["constraints/c/nonfinite"] > 0
+    assert objective.metrics()["constraints/c/value"] == 2
+
+
+def test_old_logps_may_share_the_graph():
+    logps = torch.tensor([-1.0, -2.0], dtype=F64, requires_grad=True)
+    gradients = []
+    for old in (logps, logps.detach()):
+        total = Sampled(torch.tensor([1.0, 3.0], dtype=F64), logps, old_logps=old).measure(ZERO, FLAT).total
+        gradients.append(torch.autograd.grad(total, logps)[0].tolist())
+    assert gradients[0] == gradients[1] == [1.0, 3.0]
+
+
+def test_huge_pathwise_values_are_nonfinite_not_poison():
+    objective = BarrierObjective(None, [Constraint("c", upper=1.0)], nonfinite="skip")
+    objective(measurements={"c": torch.tensor([1e200, -1e200, 1.0], dtype=F64, requires_grad=True)})
+    objective.step()
+    assert objective.metrics()["constraints/c/nonfinite"] == 1
+    assert objective.report()[0].verdict == "unknown"
+
+
 def test_autocast_changes_nothing():
     logps = torch.randn(8, requires_grad=True)
     objective = BarrierObjective(

@@ -41,7 +41,7 @@ def test_cross_entropy_with_entropy_kept_up():
     out = fit(objective, model.parameters(), call)
     assert objective.report()[0].estimate == pytest.approx(1.0, abs=0.03)
     assert objective.report()[0].multiplier > 0
-    assert out.task_loss == F.cross_entropy(model(x), labels).detach().item() or out.task_loss > 0
+    assert out.task_loss < F.cross_entropy(torch.zeros(64, 3), labels)
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1):
