@@ -285,11 +285,11 @@ class AdaptiveBarrier(_Learner):
 
     Each bound starts as `RelaxedLogBarrier` (linear extension), which reaches feasibility from anywhere
     without overshoot. Its plug-in multiplier mu/(-z) is only as good as z is precise, so mu cannot fall past
-    the noise of the estimates, and a bias of mu per bound would stay; and without noise, a small mu is stiff
-    (curvature lambda^2/mu) for the optimizer. So when noise stops mu, when mu has come down to ``smallest_mu``,
-    or when a violation does not come down for `patience` windows (its multiplier, at most mu/s, is too small),
-    the bound keeps its mu and becomes a `ModifiedBarrier` that starts from the multiplier then in force, which
-    therefore does not jump. A learning bound that stays violated learns at full step again.
+    the noise of the estimates, and a bias of mu per bound would stay; and a small mu is stiff (gain lambda/mu),
+    so that it swings when estimates or the optimizer lag. So when noise stops mu, when mu has come down to
+    ``smallest_mu``, or when a violation does not come down for `patience` windows (its multiplier, at most
+    mu/s, is too small), the bound keeps its mu and becomes a `ModifiedBarrier` that starts from the multiplier
+    then in force, which therefore does not jump. A learning bound that stays violated learns at full step again.
 
     Args:
         smallest_mu: mu at which tightening ends even without noise, > 0.
@@ -314,7 +314,7 @@ class AdaptiveBarrier(_Learner):
     _STOPPED = 0.8
 
     def __init__(
-        self, smallest_mu: float = 0.1, *, step: float = 0.05, decay: float = 100.0, patience: int = 20
+        self, smallest_mu: float = 0.5, *, step: float = 0.05, decay: float = 100.0, patience: int = 20
     ) -> None:
         super().__init__(step, decay, patience)
         if not (smallest_mu > 0 and math.isfinite(smallest_mu)):

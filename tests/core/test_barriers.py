@@ -169,10 +169,12 @@ def test_a_late_noisy_bound_does_not_inherit_a_small_mu():
 def test_no_hand_over_while_noise_is_small_and_the_bound_met():
     rule = AdaptiveBarrier()
     rule.start(1)
-    mu = torch.full((1,), 0.5, dtype=F64)
+    mu = torch.ones(1, dtype=F64)
     for _ in range(100):
         rule.update(readings(-0.3, noise=0.1), mu, mu**2)
     assert not rule.learning.any()
+    rule.update(readings(-0.3, noise=0.1), mu * rule.smallest_mu, mu**2)
+    assert rule.learning.all()
 
 
 def test_hand_over_when_the_cap_is_too_small():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from barrierlm import (
+    EMA,
     AdaptiveBarrier,
     BarrierObjective,
     BatchMean,
@@ -26,11 +27,11 @@ F64 = torch.float64
 ids = {"ids": lambda p: p.name}
 
 
-def solve(problem, steps, lr, *, rule=None, schedule=None, start=None, **kwargs):
+def solve(problem, steps, lr, *, rule=None, schedule=None, start=None, estimator=None, **kwargs):
     """Gradient descent on the objective; returns the point, the objective and the multipliers by bound."""
     x = (problem.start if start is None else start).clone().requires_grad_()
     objective = BarrierObjective(
-        problem.loss, problem.constraints, rule=rule, schedule=schedule, estimator=BatchMean(), **kwargs
+        problem.loss, problem.constraints, rule=rule, schedule=schedule, estimator=estimator or BatchMean(), **kwargs
     )
     optimizer = torch.optim.SGD([x], lr=lr)
     for _ in range(steps):
@@ -48,7 +49,7 @@ def solve(problem, steps, lr, *, rule=None, schedule=None, start=None, **kwargs)
 def step_size(problem, mu):
     """A third of what the barrier's curvature lambda^2 |a|^2 / mu allows, delay by one step included."""
     if problem.name == "categorical":
-        return 0.15
+        return 0.5
     rows = 5.0 if problem.name == "half space" else 1.0
     return 0.3 / (problem.curvature + rows * problem.multipliers(mu).max().item() ** 2 / mu)
 
@@ -64,7 +65,7 @@ def test_barrier_point_from_an_infeasible_start(problem, mode):
     """The relaxed barrier ends at the log barrier's point, primal and dual; the gap is m mu."""
     mu = 0.1
     x, objective, multipliers = solve(
-        problem, 900, step_size(problem, mu), rule=RelaxedLogBarrier(), schedule=ConstantSchedule(mu), multiplier=mode
+        problem, 1200, step_size(problem, mu), rule=RelaxedLogBarrier(), schedule=ConstantSchedule(mu), multiplier=mode
     )
     solution = problem.solution(mu)
     if problem.name == "categorical":  # logits of tiny probabilities hardly move: compare the distributions
@@ -102,6 +103,22 @@ def test_gaps_fall_with_slope_one():
         assert slope == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.SGD, 0.1), (torch.optim.Adam, 0.01)])
+def test_the_default_does_not_swing(optimizer, lr):
+    """The averaged estimate lags ten windows behind; the default's gain is low enough for that."""
+    x = torch.tensor([2.0], dtype=F64, requires_grad=True)
+    objective = BarrierObjective(torch.sum, [Constraint("x", lower=0.0, scale=1.0)])
+    steps, path = optimizer([x], lr=lr), []
+    for _ in range(1000):
+        out = objective(x, measurements={"x": x.sum()})
+        steps.zero_grad()
+        out.loss.backward()
+        steps.step()
+        objective.step()
+        path.append(x.item())
+    assert max(map(abs, path[750:])) < 5e-3
+
+
 @pytest.mark.parametrize("problem", PROBLEMS[:3], **ids)
 def test_modified_barrier_is_exact_at_a_fixed_mu(problem):
     x, _, multipliers = solve(problem, 2000, 0.02, rule=ModifiedBarrier(0.5, step=0.1))
@@ -119,10 +136,11 @@ def test_modified_barrier_contracts_linearly():
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("estimator", [EMA, BatchMean], ids=lambda e: e.__name__)
 @pytest.mark.parametrize("problem", PROBLEMS[:3], **ids)
-def test_the_default_solves_from_an_infeasible_start(problem):
+def test_the_default_solves_from_an_infeasible_start(problem, estimator):
     """Nothing chosen but constraints: primal and dual to a thousandth, no horizon given."""
-    x, objective, multipliers = solve(problem, 1500, 0.01)
+    x, objective, multipliers = solve(problem, 1500, 0.01, estimator=estimator())
     assert (x - problem.solution(0.0)).abs().max() <= 1e-3
     torch.testing.assert_close(multipliers, problem.multipliers(0.0), rtol=1e-3, atol=1e-3)
     assert {row.verdict for row in objective.report()} == {"active"}

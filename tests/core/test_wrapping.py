@@ -21,8 +21,9 @@ def fit(objective, parameters, call, steps=400, lr=0.02):
 def test_cross_entropy_with_entropy_kept_up():
     """A classifier that would become certain keeps its mean entropy above a bound (pathwise, per sample)."""
     model = torch.nn.Linear(4, 3)
-    x, labels = torch.randn(64, 4), torch.randint(3, (64,))
-    objective = BarrierObjective(F.cross_entropy, [Constraint("entropy", lower=1.0)])
+    x = torch.randn(64, 4)
+    labels = x[:, :3].argmax(1)
+    objective = BarrierObjective(F.cross_entropy, [Constraint("entropy", lower=0.8)])
 
     def call():
         logits = model(x)
@@ -37,9 +38,9 @@ def test_cross_entropy_with_entropy_kept_up():
         F.cross_entropy(free(x), labels).backward()
         optimizer.step()
     logp = free(x).log_softmax(-1)
-    assert -(logp.exp() * logp).sum(-1).mean() < 0.99  # without the constraint the bound is not met
+    assert -(logp.exp() * logp).sum(-1).mean() < 0.4  # without the constraint the bound is not met
     out = fit(objective, model.parameters(), call)
-    assert objective.report()[0].estimate == pytest.approx(1.0, abs=0.03)
+    assert objective.report()[0].estimate == pytest.approx(0.8, abs=0.03)
     assert objective.report()[0].multiplier > 0
     assert out.task_loss < F.cross_entropy(torch.zeros(64, 3), labels)
 
