@@ -1,4 +1,4 @@
-"""What the shapes, names and types of a call say against it, before any state changes and without a host sync."""
+"""What a call or a window has against it, found before any state changes; a call's without a host sync."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .estimators import Column
 from .sampling import Sampled
 
 
@@ -31,6 +32,20 @@ def check_call(names: tuple[str, ...], measurements: Any, num_samples: Any, loss
             raise ValueError(f"num_samples_in_window[{name!r}]={n!r}; allowed: an integer >= 0")
     if isinstance(loss_divisor, bool) or not isinstance(loss_divisor, Real) or not 0 < float(loss_divisor) < math.inf:
         raise ValueError(f"loss_divisor={loss_divisor!r}; allowed: a finite number > 0")
+
+
+def check_rows(names: tuple[str, ...], rows: Tensor, *, raise_nonfinite: bool) -> None:
+    """What the reduced rows [K, NUM_COLUMNS] say against committing them, before anything changes."""
+    alone = torch.nonzero(rows[:, Column.BAD_GROUPS]).flatten().tolist()
+    if alone:
+        raise ValueError(f"groups of {names[alone[0]]!r}: a prompt has one response; allowed: at least 2 per group")
+    nonfinite = rows[:, Column.NONFINITE]
+    bad = torch.nonzero(nonfinite).flatten().tolist()
+    if bad and raise_nonfinite:
+        raise FloatingPointError(
+            f"{int(nonfinite[bad[0]])} NaN or infinite value(s) measured for {names[bad[0]]!r}; no estimate was "
+            "changed. discard_window() forgets this window; nonfinite='skip' drops such windows by itself"
+        )
 
 
 def _check_measurement(name: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in the options, data or cost functions, told in one line.
     """
+    # Loading a packaged model draws bars of its own; tqdm looks at this when it is first imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .barriers import AdaptiveBarrier, Rule
-from .checks import check_call
+from .checks import check_call, check_rows
 from .committed import Committed
 from .constraints import Bounds, Constraint
 from .diagnostics import Report
@@ -424,21 +424,11 @@ class BarrierObjective:
         return terms, penalty
 
     def _check_rows(self, rows: Tensor) -> None:
-        """What the reduced rows [K, NUM_COLUMNS] say against committing them, before anything changes."""
         names = self._committed.bounds.names
-        alone = torch.nonzero(rows[:, Column.BAD_GROUPS]).flatten().tolist()
-        if alone:
-            raise ValueError(f"groups of {names[alone[0]]!r}: a prompt has one response; allowed: at least 2 per group")
-        nonfinite = rows[:, Column.NONFINITE]
-        bad = torch.nonzero(nonfinite).flatten().tolist()
-        if bad and self.nonfinite == "raise":
-            raise FloatingPointError(
-                f"{int(nonfinite[bad[0]])} NaN or infinite value(s) measured for {names[bad[0]]!r}; no estimate was "
-                "changed. discard_window() forgets this window; nonfinite='skip' drops such windows by itself"
-            )
+        check_rows(names, rows, raise_nonfinite=self.nonfinite == "raise")
         for k, n in self._window.expected.items():
             found = int(rows[k, Column.COUNT])
-            if found != int(n) and k not in bad:
+            if found != int(n) and not rows[k, Column.NONFINITE]:
                 self._warn_once(
                     "expected",
                     f"num_samples_in_window[{names[k]!r}]={int(n)}, but the window had {found} samples: the "

@@ -20,7 +20,7 @@ LAYERS = {
     "baselines": {"barriers"},
     "sampling": {"estimators"},
     "window": {"distributed", "estimators", "sampling"},
-    "checks": {"sampling"},
+    "checks": {"estimators", "sampling"},
     "committed": {"barriers", "constraints", "diagnostics", "estimators", "sampling", "schedules"},
     "output": {"diagnostics"},
     "objective": {

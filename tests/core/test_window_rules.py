@@ -1,0 +1,171 @@
+"""What opens, closes, skips and empties a window."""
+
+import warnings
+
+import pytest
+import torch
+
+from barrierlm import (
+    EMA,
+    BarrierObjective,
+    BatchMean,
+    Constraint,
+    RelaxedLogBarrier,
+    Sampled,
+)
+
+from .helpers import C, exact, relaxed, same, state_of
+
+
+def test_a_missing_measurement_leaves_that_estimate_as_it_was():
+    objective = relaxed([Constraint("a", upper=1.0), Constraint("b", upper=1.0)], estimator=EMA(0.5))
+    objective(measurements={"a": exact(2.0), "b": exact(3.0)})
+    objective.step()
+    objective(measurements={"a": exact(4.0)})
+    objective.step()
+    metrics = objective.metrics()
+    assert metrics["constraints/a/value"] > 2
+    assert metrics["constraints/b/value"] == 3
+    assert metrics["constraints/b/upper/multiplier"] == pytest.approx(10)
+
+
+def test_nothing_is_measured_without_gradients():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    objective(measurements={"c": exact(2.0)})
+    objective.step()
+    before = state_of(objective)
+    with torch.no_grad():
+        out = objective(measurements={"c": torch.tensor(9.0)})
+        objective.step()
+    assert out.loss.item() == pytest.approx(90)  # still evaluated, at the committed multiplier
+    assert same(before, state_of(objective))
+
+
+def test_evaluation_within_a_window_does_not_touch_it():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    objective(measurements={"c": exact(2.0)})
+    with torch.no_grad():
+        objective(measurements={"c": torch.tensor(1e9)})
+    objective.step()
+    assert objective.metrics()["constraints/c/value"] == 2
+
+
+def test_calibrate_within_a_window_is_refused():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    objective(measurements={"c": exact(2.0)})
+    with pytest.raises(RuntimeError, match=r"calibrate\(\) after 1 call\(s\) of an unfinished window"):
+        objective.calibrate({"c": torch.tensor(100.0)})
+    objective.step()
+    assert objective.metrics()["constraints/c/value"] == 2
+
+
+def test_an_empty_rank_may_have_nothing_to_differentiate():
+    objective = relaxed([Constraint("a", upper=1.0), Constraint("b", upper=1.0)])
+    for _ in range(2):
+        out = objective(
+            measurements={"a": torch.zeros(0), "b": Sampled(torch.zeros(0), torch.zeros(0))},
+            num_samples_in_window={"a": torch.tensor(0), "b": 0},
+        )
+        out.loss.backward()
+    nothing = objective(measurements={})
+    nothing.loss.backward()
+    assert nothing.loss.item() == out.loss.item() == 0
+
+
+def test_the_output_unpacks_into_its_four_fields():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    loss, task_loss, penalty, bounds = objective.combine(exact(3.0), {"c": exact(2.0)})
+    assert (loss.item(), task_loss.item(), penalty.item()) == (3.0, 3.0, 0.0)
+    assert bounds == objective.report()
+
+
+def test_parts_belong_to_one_objective():
+    rule = RelaxedLogBarrier()
+    relaxed([C], rule=rule)
+    with pytest.raises(ValueError, match="rule already belongs to another objective; allowed: a new RelaxedLogBarrier"):
+        relaxed([C], rule=rule)
+
+
+def test_current_mode_takes_no_window_options():
+    objective = relaxed([C], multiplier="current")
+    for options in ({"num_samples_in_window": {"c": 4}}, {"loss_divisor": 2}):
+        with pytest.raises(ValueError, match="with multiplier='current'"):
+            objective(measurements={"c": exact(2.0)}, **options)
+
+
+def test_bounds_measured_at_different_times_do_not_stop_the_schedule():
+    objective = BarrierObjective(None, [Constraint("a", upper=1.0), Constraint("b", upper=1.0)], estimator=BatchMean())
+    for step in range(60):
+        objective(measurements={"ab"[step % 2]: exact(-3.0)})
+        objective.step()
+    assert objective.schedule.mu < 0.1
+    violated = BarrierObjective(None, [Constraint("a", upper=1.0), Constraint("b", upper=1.0)], estimator=BatchMean())
+    for step in range(60):
+        violated(measurements={"a": exact(-3.0), "b": exact(3.0)} if step % 4 == 0 else {"a": exact(-3.0)})
+        violated.step()
+    assert violated.schedule.mu == 1.0
+
+
+def test_a_call_copies_nothing_from_the_device():
+    """On the meta device there are no numbers to look at: any hidden synchronisation would raise."""
+    objective = BarrierObjective(
+        None, [Constraint("a", upper=1.0), Constraint("b", lower=1, upper=2), Constraint("c", upper=1.0)]
+    )
+    logps = torch.zeros(6, device="meta", requires_grad=True)
+    values = torch.zeros(6, device="meta")
+    groups = torch.zeros(6, dtype=torch.long, device="meta")
+    cu_seqlens = torch.zeros(4, dtype=torch.int32, device="meta")
+    for _ in range(2):
+        out = objective.combine(
+            logps.sum(),
+            {
+                "a": Sampled(values, logps, groups, old_logps=values),
+                "b": Sampled.per_token(values, logps, cu_seqlens),
+                "c": logps * 2,
+            },
+            num_samples_in_window={"a": 12},
+        )
+        out.loss.backward()
+    assert out.loss.device.type == "meta"
+
+
+def test_discard_window():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    objective(measurements={"c": exact(100.0)})
+    objective.discard_window()
+    objective(measurements={"c": exact(2.0)})
+    objective.step()
+    assert objective.metrics()["constraints/c/value"] == 2
+
+
+def test_a_window_with_no_samples_changes_nothing_and_says_so_once():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    objective.calibrate({"c": torch.tensor(2.0)})
+    before = state_of(objective)
+    empty = torch.zeros(0, requires_grad=True)
+    objective(measurements={"c": Sampled(empty.detach(), empty)})
+    with pytest.warns(RuntimeWarning, match="window without a single sample"):
+        objective.step()
+    assert same(before, state_of(objective))
+    objective(measurements={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective.step()
+
+
+def test_a_loop_that_never_steps_is_told_once():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for _ in range(200):
+            objective(measurements={"c": exact(2.0)})
+    assert len(record) == 1
+    assert "without objective.step" in str(record[0].message)
+
+
+def test_a_wrong_number_of_samples_is_told():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    x = torch.zeros(3, requires_grad=True)
+    objective(measurements={"c": x}, num_samples_in_window={"c": 6})
+    with pytest.warns(RuntimeWarning, match=r"\['c'\]=6, but the window had 3 samples.* 0.5 times"):
+        objective.step()
