@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,8 @@ def open_workspace(options: Options) -> Workspace:
         gradient_accumulation_steps=options.optim.gradient_accumulation,
         mixed_precision="no",  # `Policy` has its own autocast, the same in training and in sampling
     )
-    console = Console(quiet=not accelerator.is_main_process)
+    # Into a file or a pipe, tables get room: there is no terminal whose width they must fit.
+    console = Console(quiet=not accelerator.is_main_process, width=None if sys.stdout.isatty() else 130)
     for cost in imported_costs(options.constraints):
         console.print(
             f"Importing cost function {cost} (this runs its module)", markup=False, highlight=False, soft_wrap=True
