@@ -31,6 +31,8 @@ def make(reduction="mean"):
             Constraint("token", lower=2.0, upper=2.2),
             Constraint("group", lower=0.3),
             Constraint("path", upper=-0.2),
+            Constraint("off-policy", upper=0.2),
+            Constraint("grouped tokens", lower=2.5, scale=1.0),
         ],
         rule=RelaxedLogBarrier("quadratic"),
         schedule=ExponentialSchedule(1.0, 0.1, 5),
@@ -51,6 +53,8 @@ def micro_batch(theta, x, lengths, groups):
         "token": Sampled.per_token(torch.ones(int(cu[-1]), dtype=F64), token_logps, cu),
         "group": Sampled(x[:, 0].clone(), logps, groups),
         "path": logits[:, 0],
+        "off-policy": Sampled(action.to(F64), logps, old_logps=logps.detach() * 0.9 - 0.1, clip=0.5),
+        "grouped tokens": Sampled.per_token(torch.ones(int(cu[-1]), dtype=F64), token_logps, cu, groups=groups),
     }
 
 
@@ -63,9 +67,10 @@ def run(parts, rank=None, reduction="mean", world=1):
     theta = torch.eye(5, dtype=F64).requires_grad_()
     objective = make(reduction)
     history = []
-    counts = dict.fromkeys(("seq", "token", "group", "path"), N)
+    counts = {c.name: N for c in objective.constraints}
     mine = parts[0] if rank is None else parts[rank]
     for t in range(STEPS):
+        loss = torch.zeros((), dtype=F64)
         for a, b in mine:
             out = objective.combine(
                 (theta**2).sum() * 0.1,
@@ -74,16 +79,18 @@ def run(parts, rank=None, reduction="mean", world=1):
                 loss_divisor=len(mine),
             )
             (out.loss / len(mine)).backward()
+            loss += out.loss.detach() / len(mine)
         if world > 1:
-            dist.all_reduce(theta.grad)
-            if reduction == "mean":
-                theta.grad /= world
+            for tensor in (theta.grad, loss):
+                dist.all_reduce(tensor)
+                if reduction == "mean":
+                    tensor /= world
         gradient = theta.grad.clone()
         with torch.no_grad():
             theta -= 0.1 * theta.grad
         theta.grad = None
         objective.step()
-        history.append((gradient, objective.metrics()))
+        history.append((gradient, objective.metrics() | {"loss": loss.item()}))
     return history
 
 
@@ -211,7 +218,7 @@ def _doubled_task():
             theta -= 0.1 * theta.grad
         theta.grad = None
         objective.step()
-        history.append((gradient, objective.metrics()))
+        history.append((gradient, objective.metrics() | {"loss": out.loss.item()}))
     return history
 
 
