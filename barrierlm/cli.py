@@ -15,12 +15,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; default: those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the options, data or cost functions, told in one line.
+        The exit status: 0, or 2 for a mistake in the options, the data or the name of a cost function, told in
+        one line. What goes wrong inside a cost function keeps its traceback.
     """
     # Loading a packaged model draws bars of its own; tqdm looks at this when it is first imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    # Options may stand before, between and after the overrides.
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or "=" not in word for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = [*arguments.overrides, *rest]
     try:
         from barrierlm.recipes.config import ConfigError, load_options
     except ModuleNotFoundError as error:

@@ -50,7 +50,7 @@ def test_commands_exist(line):
     if words[0] == "accelerate":
         assert words[words.index("-m") + 1] == "barrierlm.cli"
         words = ["barrierlm", *words[words.index("-m") + 2 :]]
-    assert words[0] == "barrierlm"
+    assert Path(words[0]).name == "barrierlm"
     arguments = _parser().parse_args(words[1:])
     if arguments.command == "finetune":
         load_options(arguments.config, list(arguments.overrides))
@@ -65,6 +65,12 @@ def test_yaml_blocks_are_valid_configurations(tmp_path):
         config = tmp_path / "config.yaml"
         config.write_text(block, encoding="utf-8")
         load_options(str(config), [])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_no_placeholders_are_left(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if re.fullmatch(r"[A-Z_]{4,}", line)]
 
 
 def test_the_option_table_is_current():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -55,16 +58,28 @@ class Checkpoints:
                 "optimizer": self.optimizer.state_dict(),
                 "objective": None if self.objective is None else self.objective.state_dict(),
             }
-            torch.save(state, unfinished / "state.pt")
+            _write(state, unfinished / "state.pt")
         self.accelerator.wait_for_everyone()
-        torch.save(_random_state(), unfinished / f"random-{rank}.pt")
+        _write(_random_state(), unfinished / f"random-{rank}.pt")
         self.accelerator.wait_for_everyone()
         if main:
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
             for old in self._complete()[:-_KEEP]:
-                shutil.rmtree(old)
+                shutil.rmtree(old)  # only now that the newer one is whole
         self.accelerator.wait_for_everyone()
+
+    def refuse_older(self) -> None:
+        """A new run must not mix its checkpoints with those of an earlier one.
+
+        Raises:
+            ConfigError: There are some.
+        """
+        if self._complete():
+            raise ConfigError(
+                f"{self.folder} holds checkpoints of an earlier run; allowed: resume=true to continue it, or another "
+                "output_dir"
+            )
 
     def load(self) -> int:
         """Restore the newest checkpoint.
@@ -73,8 +88,8 @@ class Checkpoints:
             The number of optimizer steps that it had taken.
 
         Raises:
-            FileNotFoundError: There is none.
-            ValueError: It is of another number of processes, other weights, or other constraints.
+            ConfigError: There is none, or it is of another number of processes or another model.
+            ValueError: It is of other constraints.
         """
         complete = self._complete()
         if not complete:
@@ -105,11 +120,31 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
 
+def _write(state: Any, path: Path) -> None:
+    """Save and wait until it is on the disk: the rename that follows must not overtake it."""
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _random_state() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    """Of torch, and of Python and NumPy for cost functions that draw; plain values and tensors."""
+    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global state, which users draw from
+    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
+    }
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
+    random.setstate(state["python"])
+    numpy_state = state["numpy"]
+    key = numpy_state["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})  # noqa: NPY002
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

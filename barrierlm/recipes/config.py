@@ -178,9 +178,9 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]
 def _allowed_range(metadata: Mapping[str, Any]) -> str:
     if "choices" in metadata:
         return f" ({', '.join(metadata['choices'])})"
-    if "low" in metadata:
-        return f" (>= {metadata['low']})"
-    return f" (> {metadata['above']})" if "above" in metadata else ""
+    limits = (("low", ">="), ("above", ">"), ("below", "<"))
+    text = " and ".join(f"{sign} {metadata[key]}" for key, sign in limits if key in metadata)
+    return f" ({text})" if text else ""
 
 
 def _check_range(key: str, metadata: Mapping[str, Any], value: Any) -> None:
@@ -191,6 +191,7 @@ def _check_range(key: str, metadata: Mapping[str, Any], value: Any) -> None:
         or (isinstance(value, float) and not math.isfinite(value))
         or ("low" in metadata and value < metadata["low"])
         or ("above" in metadata and not value > metadata["above"])
+        or ("below" in metadata and not value < metadata["below"])
     )
     if bad:
         allowed = _allowed_range(metadata).strip(" ()") or "a finite number"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -216,6 +217,8 @@ def import_function(path: str) -> CostFunction:
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     else:
+        if os.getcwd() not in sys.path:  # the command's own folder is there instead
+            sys.path.insert(0, os.getcwd())
         try:
             module = importlib.import_module(place)
         except ModuleNotFoundError as error:

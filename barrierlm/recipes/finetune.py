@@ -83,6 +83,8 @@ def train(workspace: Workspace, folder: Path, *, constrained: bool = True, label
     model, optimizer = accelerator.prepare(workspace.policy, optimizer)
     torch.manual_seed(options.seed * 1_000_003 + accelerator.process_index)
     checkpoints = Checkpoints(folder / "checkpoints", accelerator, weights, optimizer, objective)
+    if options.checkpoint_every and not options.resume:
+        checkpoints.refuse_older()
     first = checkpoints.load() if options.resume else 0
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from barrierlm_kernels import linear_sequence_logprob
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from .config import ConfigError
 from .extras import missing_extra
 from .options import ModelOptions
 
@@ -125,6 +126,18 @@ class Policy(nn.Module):
         """The parameters that are trained."""
         return [p for p in self.lm.parameters() if p.requires_grad]
 
+    def _cast_by_autocast(self) -> list[nn.Parameter]:
+        """Trained weights of linear layers; embeddings and norms (and a head tied to them) stay as they are."""
+        linear: dict[int, nn.Parameter] = {}
+        others: set[int] = set()
+        for module in self.lm.modules():
+            for p in module.parameters(recurse=False):
+                if isinstance(module, nn.Linear):
+                    linear[id(p)] = p
+                else:
+                    others.add(id(p))
+        return [p for key, p in linear.items() if p.requires_grad and key not in others]
+
     def autocast(self) -> Any:
         """The precision of every forward pass, training and sampling alike."""
         if self.compute_dtype == torch.float32:
@@ -158,8 +171,8 @@ class Policy(nn.Module):
 
     @contextmanager
     def sampling(self) -> Iterator[Any]:
-        """The model for `generate`: evaluation mode, trained weights cast once instead of at every token."""
-        was_training, weights = self.lm.training, self.trained()
+        """The model for `generate`: evaluation mode, weights that autocast would cast at every token cast once."""
+        was_training, weights = self.lm.training, self._cast_by_autocast()
         kept = [p.data for p in weights]
         # A slice of the last position is not contiguous, and matmul would copy the head for every row.
         hook = self.head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
@@ -273,7 +286,13 @@ def _add_lora(lm: Any, options: ModelOptions) -> Any:
     )
     with warnings.catch_warnings():  # peft reads a name that transformers is about to drop
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return get_peft_model(lm, config)
+        adapted = get_peft_model(lm, config)
+    if hasattr(adapted.get_base_model().get_output_embeddings(), "lora_A"):
+        raise ConfigError(
+            f"model.lora_targets={options.lora_targets!r} puts an adapter on the output head; allowed: other modules "
+            "(the head is read directly in training, without adapters)"
+        )
+    return adapted
 
 
 def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, options: ModelOptions, folder: Path) -> None:

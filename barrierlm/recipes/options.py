@@ -8,7 +8,7 @@ from typing import Any
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its help text and its range: ``low``, ``above`` (strict) and ``choices``."""
+    """A field with its help text and its range: ``low``, ``above`` and ``below`` (strict), and ``choices``."""
     metadata = {"help": help, **limits}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -42,7 +42,9 @@ class DataOptions:
     max_prompt_tokens: int = _option(48, "longer prompts are left out", low=1)
     max_response_tokens: int = _option(64, "longer responses are left out", low=1)
     max_pairs: int | None = _option(None, "use only so many pairs, chosen once; null: all", low=2)
-    heldout_share: float = _option(0.05, "share of the conversations (or pairs) that is never trained on", above=0)
+    heldout_share: float = _option(
+        0.05, "share of the conversations (or pairs) that is never trained on", above=0, below=1
+    )
     split_seed: int = _option(0, "seed of the choice and of the held-out split; leave it to compare runs")
 
 
@@ -78,7 +80,9 @@ class RolloutOptions:
     """Responses sampled from the model, at temperature 1 from the full distribution."""
 
     prompts: int = _option(16, "prompts per micro-batch and process", low=1)
-    responses_per_prompt: int = _option(1, "responses per prompt; 2 or more use group baselines", low=1)
+    responses_per_prompt: int = _option(
+        1, "responses per prompt; with 2 or more, costs of whole responses use group baselines", low=1
+    )
     max_new_tokens: int = _option(48, "cap; at least twice an upper bound of a length constraint", low=1)
 
 
@@ -93,7 +97,7 @@ class OptimOptions:
     warmup_steps: int = _option(5, "steps of linear warm-up", low=0)
     decay: str = _option("linear", "after the warm-up", choices=("linear", "cosine", "constant"))
     min_learning_rate: float = _option(0.1, "end of the decay, as a share of the peak", low=0)
-    momentum: float = _option(0.9, "AdamW's beta1; less follows a constraint with less delay", low=0)
+    momentum: float = _option(0.9, "AdamW's beta1; less follows a constraint with less delay", low=0, below=1)
     weight_decay: float = _option(0.0, "AdamW's decoupled weight decay", low=0)
     max_grad_norm: float = _option(1.0, "gradient norm is clipped at this", above=0)
 

@@ -32,10 +32,12 @@ class MetricsFile:
     def __enter__(self) -> MetricsFile:
         if not self.enabled:
             return self
+        # One line a step: those after the checkpoint, perhaps a half-written last one among them, are done again.
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.keep and self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= self.keep]
-        self._file = self.path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text("".join(line + "\n" for line in lines[: self.keep]), encoding="utf-8")
+        fresh.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
