@@ -1,21 +1,26 @@
 import json
 import math
 import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from barrierlm.cli import main
 from barrierlm.recipes.config import ConfigError, load_options
+from barrierlm.recipes.data import Tokens
 from barrierlm.recipes.demo import demo
 from barrierlm.recipes.evaluate import evaluate
 from barrierlm.recipes.finetune import finetune, learning_rate, train
 from barrierlm.recipes.options import OptimOptions, Options
-from barrierlm.recipes.workspace import open_workspace
+from barrierlm.recipes.rollout import Rollout
+from barrierlm.recipes.workspace import Workspace, open_workspace
 
 RESULT_KEYS = {"mean", "stderr", "lower", "upper", "satisfied", "censored"}
 
@@ -104,6 +109,46 @@ def test_resuming_what_does_not_fit(overrides: list[str]):
     finetune(load_options(None, [*overrides, "checkpoint_every=4", "save_model=false"]))
     with pytest.raises(ConfigError, match="of another model or of other constraints"):
         finetune(load_options(None, [*overrides, "resume=true", "model.lora_rank=3"]))
+
+
+def test_a_new_run_does_not_touch_the_checkpoints_of_an_older_one(overrides: list[str]):
+    options = load_options(None, [*overrides, "checkpoint_every=2", "save_model=false"])
+    finetune(options)
+    before = sorted((Path(options.output_dir) / "checkpoints").iterdir())
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run; allowed: resume=true"):
+        finetune(options)
+    assert sorted((Path(options.output_dir) / "checkpoints").iterdir()) == before
+
+
+def test_resuming_after_a_half_written_line(overrides: list[str]):
+    options = [*overrides, "checkpoint_every=2", "save_model=false"]
+    finetune(load_options(None, options))
+    file = Path(load_options(None, options).output_dir) / "metrics.jsonl"
+    complete = file.read_text()
+    file.write_text(complete + '{"step": 5, "lo')
+    finetune(load_options(None, [*options, "resume=true"]))
+    assert file.read_text() == complete
+
+
+def test_random_states_of_cost_functions_are_restored():
+    from barrierlm.recipes.checkpoint import _random_state, _set_random_state
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
+
+    draw()
+    state = _random_state()
+    first = draw()
+    draw()
+    _set_random_state(state)
+    assert draw() == first
+
+
+def test_options_may_follow_the_flag(overrides: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["finetune", "demo", "--resume", *overrides]) == 2
+    assert "no checkpoint in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["finetune", "demo", "--resumed", "optim.steps=2"])
 
 
 def test_only_complete_checkpoints_count_and_two_are_kept(overrides: list[str]):
@@ -240,6 +285,27 @@ def launch(processes: int, overrides: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_constraints_under_accumulation_are_one_large_window(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With the same responses, 2 x 4 prompts give the multipliers, estimates and gradient of 1 x 8, step by step."""
+
+    def reference_responses(self: Workspace, prompts: list[Tokens]) -> list[Rollout]:
+        return [Rollout(p, p.response_ids, p.pair.response, False) for p in prompts]
+
+    monkeypatch.setattr(Workspace, "sample", reference_responses)
+    rows = []
+    for micro, size in ((2, 4), (1, 8)):
+        extra = [f"optim.gradient_accumulation={micro}", f"optim.batch_size={size}", f"rollout.prompts={size}"]
+        extra += [f"output_dir={tmp_path / str(micro)}", "constraints.length.lower=1", "constraints.length.upper=2"]
+        options = load_options(None, [*overrides, *extra])
+        train(open_workspace(options), Path(options.output_dir))
+        rows.append(without_times(metrics(Path(options.output_dir))))
+    assert rows[0][-1]["constraints/length/upper/multiplier"] > 0.5
+    for split, whole in zip(*rows, strict=True):
+        assert split == {key: pytest.approx(value, rel=2e-4, abs=1e-6) for key, value in whole.items()}
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path):
     """Two gloo processes with half the batch each see the same pairs; rollouts differ, so only the task is compared."""
@@ -254,14 +320,20 @@ def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path):
     for key in ("loss/task", "grad_norm"):
         assert rows[0][0][key] == pytest.approx(rows[1][0][key], rel=1e-4)
     assert (tmp_path / "2" / "checkpoints" / "step-000004" / "random-1.pt").exists()
-    launch(2, [*overrides, "optim.batch_size=2", "rollout.prompts=2", f"output_dir={tmp_path / '2'}", "resume=true"])
+    newest = tmp_path / "2" / "checkpoints" / "step-000004"
+    whole = torch.load(newest / "state.pt", weights_only=True)["weights"]
+    shutil.rmtree(newest)  # as if stopped after step 2
+    extra = ["optim.batch_size=2", "rollout.prompts=2", f"output_dir={tmp_path / '2'}", "save_model=false"]
+    launch(2, [*overrides, *extra, "checkpoint_every=2", "resume=true"])
+    resumed = torch.load(newest / "state.pt", weights_only=True)["weights"]
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
 @pytest.mark.slow
 def test_the_packaged_model_end_to_end(tmp_path: Path):
     pytest.importorskip("gguf")
     extra = ["optim.steps=2", "rollout.prompts=4", "evaluation.prompts=4", "evaluation.pairs=4", "data.max_pairs=50"]
-    evaluations = demo(load_options("demo", [*extra, f"output_dir={tmp_path}", "rollout.max_new_tokens=48"]))
+    evaluations = demo(load_options("demo", [*extra, f"output_dir={tmp_path}", "save_model=true"]))
     assert evaluations["sft"].nll < evaluations["start"].nll
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     assert saved.num_parameters() == 134_515_008

