@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 
-# Passive waiting costs nothing on an idle machine, and saves a busy one from threads that spin for each other.
+# On a busy machine torch's threads would spin for each other; waiting passively is slower only by a little when idle.
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test test-slow lint docs-options install clean

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -18,8 +17,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 for a mistake in the options, the data or the name of a cost function, told in
         one line. What goes wrong inside a cost function keeps its traceback.
     """
-    # Loading a packaged model draws bars of its own; tqdm looks at this when it is first imported.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     parser = _parser()
     # Options may stand before, between and after the overrides.
     arguments, rest = parser.parse_known_args(argv)
