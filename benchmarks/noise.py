@@ -10,15 +10,12 @@ import torch
 
 from barrierlm import (
     AdaptiveBarrier,
-    BarrierObjective,
-    Constraint,
     DualAscent,
     ExponentialSchedule,
     ModifiedBarrier,
     RelaxedLogBarrier,
-    Sampled,
 )
-from tests.core.problems import Categorical
+from tests.core.problems import sampled_run
 
 RULES = {
     "RelaxedLogBarrier, mu 1 to 0.01, no noise floor": lambda n: {
@@ -38,29 +35,9 @@ RULES = {
 
 def run(options: dict, steps: int, seed: int) -> list[float]:
     """Mean E[c], task gap, multiplier's mean and standard deviation, share of steps above the bound by 0.01."""
-    problem = Categorical()
-    generator = torch.Generator().manual_seed(seed)
-    theta = problem.log_q.clone().requires_grad_()
-    objective = BarrierObjective(problem.kl, [Constraint("c", upper=0.0, scale=1.0)], **options)
-    optimizer = torch.optim.Adam([theta], lr=0.02)
-    optimum = problem.kl(problem.tilted(problem.multiplier)).item()
-    costs, gaps, multipliers = [], [], []
-    for step in range(steps):
-        log_p = theta.log_softmax(0)
-        y = torch.multinomial(log_p.exp().detach(), 16, replacement=True, generator=generator)
-        out = objective(theta, measurements={"c": Sampled(problem.cost[y], log_p[y])})
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        objective.step()
-        if step >= steps * 3 // 4:
-            with torch.no_grad():
-                costs.append(problem.expected(theta.log_softmax(0)).item())
-                gaps.append(problem.kl(theta).item() - optimum)
-            multipliers.append(objective.report()[0].multiplier)
-    cost, lam = torch.tensor(costs), torch.tensor(multipliers)
-    above = (cost > 0.01).double().mean()
-    return [cost.mean().item(), sum(gaps) / len(gaps), lam.mean().item(), lam.std().item(), above.item()]
+    costs, gaps, lam = sampled_run(steps, seed, **options)
+    above = (costs > 0.01).double().mean()
+    return [x.item() for x in (costs.mean(), gaps.mean(), lam.mean(), lam.std(), above)]
 
 
 def main() -> None:
