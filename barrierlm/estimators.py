@@ -47,13 +47,15 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def window_row(d: Tensor, groups: Tensor | None = None) -> Tensor:
-    """Sums of one micro-batch's samples ``d`` [n] as the first columns of a row [Column.EXACT]; no host sync."""
+def window_row(d: Tensor, same: Tensor | None = None) -> Tensor:
+    """Sums of one micro-batch's samples ``d`` [n] as the first columns of a row [Column.EXACT]; no host sync.
+
+    ``same`` [n, n] is 1 where two samples are of one group; None: every sample is a group of its own.
+    """
     n = torch.full((), float(d.numel()), dtype=d.dtype, device=d.device)
     total, squares = d.sum(), (d * d).sum()
-    if groups is None:
+    if same is None:
         return torch.stack([n, total, squares, n, squares, total, n])
-    same = (groups[:, None] == groups[None, :]).to(d.dtype)
     size, group_sum = same.sum(1), (same * d).sum(1)
     # Each group is seen once per member, hence the divisions by its size.
     return torch.stack([n, total, squares, (1 / size).sum(), (group_sum**2 / size).sum(), group_sum.sum(), size.sum()])

@@ -263,10 +263,11 @@ class Sampled:
         row = values.new_zeros(NUM_COLUMNS)
 
         seq: Tensor | None = None
+        # 1 where two responses answer one prompt [B, B]: a comparison needs no host sync, unlike torch.unique.
+        same = None if self.groups is None else (self.groups[:, None] == self.groups[None, :]).to(wide)
         if self.cu_seqlens is None:
             cost, advantage = values, values - center
-            if self.groups is not None:
-                same = (self.groups[:, None] == self.groups[None, :]).to(wide)
+            if same is not None:
                 others = same.sum(1) - 1
                 row[Column.BAD_GROUPS] = (others < 1).sum()
                 advantage = values - ((same * values).sum(1) - values) / others.clamp(min=1)
@@ -297,7 +298,7 @@ class Sampled:
         nonfinite = (~finite).sum() + (~torch.isfinite(cost)).sum() + (~torch.isfinite(advantage)).sum()
         surrogate = (torch.where(nonfinite == 0, advantage, 0) * logps).sum()
         total = cost.sum().to(logps.dtype) + (surrogate - surrogate.detach())
-        row[: Column.EXACT] = window_row(cost - center, self.groups)
+        row[: Column.EXACT] = window_row(cost - center, same)
         return _measured(total, len(self), row, nonfinite)
 
 
