@@ -1,5 +1,6 @@
 """Per-sequence log-probabilities of packed sequences, and their gradients, in little memory."""
 
+from ._dispatch import Choice, which_impl
 from .linear_sequence_logprob import linear_sequence_logprob
 from .linear_weighted_logprob import linear_weighted_logprob
 from .padded import PackedRows, padded_to_packed
@@ -7,6 +8,7 @@ from .results import SequenceLogProbs, WeightedLogProb
 from .sequence_logprob import sequence_logprob
 
 __all__ = [
+    "Choice",
     "PackedRows",
     "SequenceLogProbs",
     "WeightedLogProb",
@@ -14,4 +16,5 @@ __all__ = [
     "linear_weighted_logprob",
     "padded_to_packed",
     "sequence_logprob",
+    "which_impl",
 ]

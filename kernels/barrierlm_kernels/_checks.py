@@ -37,6 +37,11 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a Python number (a tensor would have to be read back), got {value!r}")
@@ -56,15 +61,10 @@ def check_options(*, ignore_index: Any, temperature: Any, softcap: Any, impl: An
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     check_choice("impl", impl, ("auto", "triton", "reference"))
-    if impl == "triton":
-        raise RuntimeError(
-            "impl='triton' cannot run: the Triton kernels are not part of this release. "
-            "impl='reference' and impl='auto' run the torch implementation"
-        )
 
 
-def check_packing(targets: Any, cu_seqlens: Any, rows: int, vocab: int, ignore: int, device: torch.device) -> None:
-    """targets [N] and cu_seqlens [B+1] against the number of rows and the size of the vocabulary."""
+def check_packing(targets: Any, cu_seqlens: Any, rows: int, vocab: int, device: torch.device) -> None:
+    """Shapes and dtypes of targets [N] and cu_seqlens [B+1]; the values are for `check_packing_values`."""
     if vocab < 1:
         raise ValueError("the vocabulary (V) must have at least one entry, got 0")
     check_tensor("targets", targets, ("N",), INTEGERS, device)
@@ -75,11 +75,11 @@ def check_packing(targets: Any, cu_seqlens: Any, rows: int, vocab: int, ignore: 
         raise ValueError("cu_seqlens must have B+1 entries, so at least one, got none")
     if len(cu_seqlens) == 1 and rows:
         raise ValueError(f"cu_seqlens holds no sequence (B=0), but there are {rows} rows")
-    if device.type == "cpu":
-        _check_values(targets, cu_seqlens, rows, vocab, ignore)
 
 
-def _check_values(targets: Tensor, cu_seqlens: Tensor, rows: int, vocab: int, ignore: int) -> None:
+def check_packing_values(targets: Tensor, cu_seqlens: Tensor, vocab: int, ignore: int) -> None:
+    """Offsets that do not decrease from 0 to the number of rows, targets in the vocabulary. Reads them."""
+    rows = len(targets)
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows:
         first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
         raise ValueError(f"cu_seqlens must start at 0 and end at the {rows} rows, got {first} to {last}")

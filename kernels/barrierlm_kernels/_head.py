@@ -1,9 +1,12 @@
 """The LM head in chunks of rows: what the two linear operations share."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from ._rows import accumulation_dtype, spans
 
 # Bytes of logits that exist at a time. Each chunk reads and writes the weight gradient once, so a chunk should
 # have far more rows than the device does flops per byte of memory traffic. 512 MiB is 2,000 rows of a
@@ -48,17 +51,75 @@ def live_rows(hidden: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(live[:, None], hidden, 0).to(dtype)
 
 
-def add_weight_grad(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """grad_weight [V, H] += grad_logits [n, V]^T hidden [n, H]; grad_weight is fp32 or fp64."""
-    if grad_weight.dtype == grad_logits.dtype:
-        grad_weight.addmm_(grad_logits.t(), hidden)
-    else:
-        grad_weight.add_(grad_logits.t() @ hidden)
+class HeadGradients:
+    """Gradients for hidden [N, H], weight [V, H] and bias [V], filled in chunk by chunk of rows.
+
+    `hidden` is in its own dtype, each row being written once; `weight` and `bias` are added up over the chunks, in
+    the accumulation dtype. What `needs` does not name is an empty tensor.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> None:
+        self.needs, self._dtypes = needs, (weight.dtype, hidden.dtype if bias is None else bias.dtype)
+        wide = accumulation_dtype(weight.dtype)
+        empty = hidden.new_empty(0)
+        self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else empty
+        self.weight = weight.new_zeros(weight.shape, dtype=wide) if needs[1] else torch.empty_like(empty)
+        self.bias = torch.empty_like(empty)
+        if bias is not None and needs[2]:
+            self.bias = bias.new_zeros(bias.shape, dtype=wide)
+
+    def add(self, lo: int, hi: int, grad_logits: Tensor, chunk: Tensor, head: Tensor) -> None:
+        """Rows lo to hi: gradients of their logits [n, V], hidden states [n, H] and the head [V, H] in one dtype."""
+        if self.needs[0]:
+            _set_product(self.hidden[lo:hi], grad_logits, head)
+        if self.needs[1]:
+            _add_product(self.weight, grad_logits.t(), chunk)
+        if self.needs[2]:
+            self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
+
+    def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All three in the dtypes of their inputs."""
+        return self.hidden, self.weight.to(self._dtypes[0]), self.bias.to(self._dtypes[1])
 
 
-def set_hidden_grad(grad_hidden: Tensor, grad_logits: Tensor, weight: Tensor) -> None:
-    """grad_hidden [n, H] = grad_logits [n, V] weight [V, H]."""
-    if grad_hidden.dtype == grad_logits.dtype:
-        torch.mm(grad_logits, weight, out=grad_hidden)
+def _set_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left @ right, rounded to its dtype."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
     else:
-        grad_hidden.copy_(grad_logits @ weight)
+        out.copy_(left @ right)
+
+
+# A product in bf16 that is added to an fp32 sum is made in pieces, lest it be as large as the sum.
+_PIECE_BYTES = {"cpu": 8 * 2**20}
+_PIECE_BYTES_ACCELERATOR = 64 * 2**20
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [V, H] += left [V, n] @ right [n, H]; `total` is fp32 or fp64."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif _accumulates_in_product(total.device, left.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+    else:
+        row_bytes = right.shape[1] * right.dtype.itemsize
+        piece = max(1, _PIECE_BYTES.get(total.device.type, _PIECE_BYTES_ACCELERATOR) // max(1, row_bytes))
+        for lo, hi in spans(len(total), piece):
+            total[lo:hi].add_(left[lo:hi] @ right)
+
+
+@cache
+def _accumulates_in_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device can add a product of `dtype` matrices to an fp32 sum within the product.
+
+    Then nothing is rounded to `dtype` and the sum is read and written once. cuBLAS can; whether this torch hands it
+    through depends on its version, so it is tried out.
+    """
+    if device.type != "cuda":
+        return False
+    total, small = (torch.zeros(16, 16, device=device, dtype=d) for d in (torch.float32, dtype))
+    try:
+        torch.addmm(total, small, small, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        return False
+    return True

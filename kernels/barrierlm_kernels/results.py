@@ -36,6 +36,7 @@ class WeightedLogProb(NamedTuple):
         total: 0-d; sum_i w_i log p_i, differentiable.
         logps: [B], nats, detached; per-sequence sums over the rows that are neither ignored nor weightless.
         counts: [B], int64; tokens of each sequence whose target is not ignored, whatever their weight.
+        token_logps: [N], nats, detached, 0 at ignored and weightless rows; None unless asked for.
 
     Example:
         >>> import torch
@@ -49,3 +50,4 @@ class WeightedLogProb(NamedTuple):
     total: torch.Tensor
     logps: torch.Tensor
     counts: torch.Tensor
+    token_logps: torch.Tensor | None

@@ -152,6 +152,13 @@ def run(function: Any, batch: Batch, *, upstream: int = 1, use_bias: bool = True
     return [x.detach() for x in outputs] + list(torch.autograd.grad(outputs, inputs, grads))
 
 
+def body_of(operator: Any) -> Any:
+    """The Python function behind a registered operation of this package."""
+    from torch._library.custom_ops import OPDEFS
+
+    return OPDEFS[operator._schema.name]._init_fn
+
+
 class Recorder(TorchDispatchMode):
     """The largest tensor that any operator made, and the flops of all matrix products."""
 
@@ -161,6 +168,9 @@ class Recorder(TorchDispatchMode):
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "barrierlm":  # look inside
+            with self:
+                return body_of(func)(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
         name = func.__name__.split(".")[0]

@@ -86,7 +86,6 @@ REFUSED = [
     (LINEAR, {"memory_budget": 0}, ValueError, "memory_budget must be a positive number of bytes, got 0"),
     (LINEAR, {"memory_budget": 1e6}, TypeError, "memory_budget must be an int (bytes) or None, got 1000000.0"),
     (ALL, {"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'triton', 'reference', got 'cuda'"),
-    (ALL, {"impl": "triton"}, RuntimeError, "the Triton kernels are not part of this release. impl='reference' and impl='auto' run"),
     (WEIGHTED, {"weights": [1.0, 1.0, 1.0]}, TypeError, "weights must be a torch.Tensor, got list"),
     (WEIGHTED, {"weights": T(1.0)}, ValueError, "weights must have shape [B or N], got []"),
     (WEIGHTED, {"weights": T([1, 1, 1])}, TypeError, "weights must have one of the dtypes"),

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_head, check_options, check_packing, check_tensor
-from .._head import autocast_dtype
-from .._segments import count_tokens, segment_reduce
+from .._dispatch import choose
+from .._head import autocast_dtype, matmul_dtype
+from .._packing import read_packing
+from .._segments import segment_reduce
 from ..results import SequenceLogProbs
-from .reference import linear_token_logprobs
+from .op import linear_token_logprobs
 
 
 def linear_sequence_logprob(
@@ -48,7 +50,7 @@ def linear_sequence_logprob(
         softcap: c in c tanh(logits / c).
         return_token_logps: also return the [N] token log-probabilities.
         return_entropy: also return the [B] entropies, reduced as the log-probabilities are.
-        impl: "auto" and "reference" run the torch implementation.
+        impl: "auto", "triton" or "reference"; see `which_impl`. The products are torch's in all of them.
         memory_budget: bytes of logits that may exist at a time. None: 64 MiB on the CPU, 512 MiB elsewhere.
             Results agree for all budgets to rounding, and exactly for equal ones.
 
@@ -58,14 +60,14 @@ def linear_sequence_logprob(
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, device or value. The values of `targets`
             and `cu_seqlens` are checked on the CPU only, because the check would stall another device.
-        RuntimeError: impl="triton", or a second derivative.
+        RuntimeError: impl="triton" where Triton cannot run, or a second derivative.
 
     Example:
         >>> import torch
         >>> hidden, head = torch.zeros(3, 2), torch.zeros(4, 2, requires_grad=True)
         >>> out = linear_sequence_logprob(hidden, head, torch.tensor([0, 1, -100]), torch.tensor([0, 1, 3]))
-        >>> out.logps, out.counts
-        (tensor([-1.3863, -1.3863], grad_fn=<_SegmentSumBackward>), tensor([1, 1]))
+        >>> out.logps.detach(), out.counts
+        (tensor([-1.3863, -1.3863]), tensor([1, 1]))
 
     References:
         Milakov, Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867 (max and sum kept
@@ -81,24 +83,26 @@ def linear_sequence_logprob(
         impl=impl,
         memory_budget=memory_budget,
     )
-    check_packing(targets, cu_seqlens, len(hidden), len(weight), ignore_index, hidden.device)
+    check_packing(targets, cu_seqlens, len(hidden), len(weight), hidden.device)
+    impl = choose(impl, hidden.device, hidden.dtype)
 
-    counted = targets != ignore_index
-    token_logps, token_entropy = linear_token_logprobs(
+    safe_targets, counted, counts = read_packing(targets, cu_seqlens, len(weight), ignore_index)
+    token_logps, token_entropy, *_ = linear_token_logprobs(
         hidden,
         weight,
-        bias,
-        torch.where(counted, targets, 0).long(),
+        None if bias is None else bias.contiguous(),
+        safe_targets,
         counted,
-        temperature=temperature,
-        softcap=softcap,
-        entropy=return_entropy,
-        memory_budget=memory_budget,
+        float(temperature),
+        None if softcap is None else float(softcap),
+        return_entropy,
+        matmul_dtype(hidden),
+        memory_budget,
+        impl,
     )
-    counts = count_tokens(counted, cu_seqlens)
     return SequenceLogProbs(
-        segment_reduce(token_logps, cu_seqlens, counts, reduction),
+        segment_reduce(token_logps, cu_seqlens, counts, reduction, impl),
         counts,
         token_logps if return_token_logps else None,
-        None if token_entropy is None else segment_reduce(token_entropy, cu_seqlens, counts, reduction),
+        segment_reduce(token_entropy, cu_seqlens, counts, reduction, impl) if return_entropy else None,
     )

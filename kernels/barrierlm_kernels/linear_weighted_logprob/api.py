@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_head, check_options, check_packing, check_tensor
-from .._head import autocast_dtype
-from .._segments import count_tokens, rows_to_sequences, segment_sum
-from .._softmax import accumulation_dtype
+from .._dispatch import choose
+from .._head import autocast_dtype, matmul_dtype
+from .._packing import read_packing
+from .._rows import accumulation_dtype
+from .._segments import rows_to_sequences, segment_sum
 from ..results import WeightedLogProb
-from .reference import linear_weighted_total
+from .op import linear_weighted_total
 
 
 def linear_weighted_logprob(
@@ -24,6 +26,7 @@ def linear_weighted_logprob(
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
+    return_token_logps: bool = False,
     impl: str = "auto",
     memory_budget: int | None = None,
 ) -> WeightedLogProb:
@@ -47,31 +50,32 @@ def linear_weighted_logprob(
         weights: [B] or [N], any float dtype, without gradient: one weight for each sequence or for each row.
         bias: [V], dtype of `hidden`.
         weights_per: "sequence", "token", or "auto" to tell by the length. With "auto" and B = N the two mean the
-            same if every sequence has one token; if not, that is an error on the CPU, and elsewhere (where it
-            cannot be seen without a wait) the weights are read per token.
+            same if every sequence has one token; if not, that is an error on the CPU, and elsewhere and under
+            torch.compile (where it cannot be seen without a wait) the weights are read per token.
         compact: drop ignored and weightless rows before the products, which then cost only what the others
             need. The number of rows left must be known, so this waits for the device once.
         ignore_index: the target of rows that do not count.
         temperature: divides the logits, after the softcap.
         softcap: c in c tanh(logits / c).
-        impl: "auto" and "reference" run the torch implementation.
+        return_token_logps: also return the [N] token log-probabilities, detached.
+        impl: "auto", "triton" or "reference"; see `which_impl`. The products are torch's in all of them.
         memory_budget: bytes of logits that may exist at a time. None: 64 MiB on the CPU, 512 MiB elsewhere.
 
     Returns:
-        `WeightedLogProb(total, logps, counts)`; total and logps in fp32, or in fp64 for fp64 hidden states.
+        `WeightedLogProb(total, logps, counts, token_logps)`; total and logps in fp32, or in fp64 for fp64 hidden states.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, device or value, or `weights` requires
             gradient. Values of `targets` and `cu_seqlens` are checked on the CPU only.
-        RuntimeError: impl="triton", or a second derivative.
+        RuntimeError: impl="triton" where Triton cannot run, or a second derivative.
 
     Example:
         >>> import torch
         >>> hidden, head = torch.ones(3, 2, requires_grad=True), torch.zeros(4, 2)
         >>> targets, cu = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 3])
         >>> out = linear_weighted_logprob(hidden, head, targets, cu, torch.tensor([0.5, 0.0]))
-        >>> out.total, out.logps
-        (tensor(-0.6931, grad_fn=<_LinearWeightedTotalBackward>), tensor([-1.3863,  0.0000]))
+        >>> out.total.detach(), out.logps
+        (tensor(-0.6931), tensor([-1.3863,  0.0000]))
 
     References:
         Linear surrogates of sampled constraints: Dhillon et al., "L3Ms", arXiv 2410.21533. Max and sum kept
@@ -87,29 +91,39 @@ def linear_weighted_logprob(
         impl=impl,
         memory_budget=memory_budget,
     )
-    check_packing(targets, cu_seqlens, len(hidden), len(weight), ignore_index, hidden.device)
-    weights = _weights_per_row(weights, weights_per, cu_seqlens, len(hidden), hidden.device)
+    check_packing(targets, cu_seqlens, len(hidden), len(weight), hidden.device)
+    impl = choose(impl, hidden.device, hidden.dtype)
 
-    counted = targets != ignore_index
+    safe_targets, counted, counts = read_packing(targets, cu_seqlens, len(weight), ignore_index)
+    weights = _weights_per_row(weights, weights_per, cu_seqlens, len(hidden), hidden.device)
     row_weights = torch.where(counted, weights, 0).to(accumulation_dtype(hidden.dtype))
-    safe_targets = torch.where(counted, targets, 0).long()
     kept = None
     if compact:
         kept = row_weights.nonzero()[:, 0]  # the one wait
         hidden, safe_targets, row_weights = (x.index_select(0, kept) for x in (hidden, safe_targets, row_weights))
-    total, token_logps = linear_weighted_total(
+    # Under no_grad requires_grad still says yes.
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    total, token_logps, *_ = linear_weighted_total(
         hidden,
         weight,
-        bias,
+        None if bias is None else bias.contiguous(),
         safe_targets,
         row_weights,
-        temperature=temperature,
-        softcap=softcap,
-        memory_budget=memory_budget,
+        float(temperature),
+        None if softcap is None else float(softcap),
+        matmul_dtype(hidden),
+        memory_budget,
+        impl,
+        needs,
     )
     if kept is not None:
         token_logps = token_logps.new_zeros(len(targets)).index_copy_(0, kept, token_logps)
-    return WeightedLogProb(total, segment_sum(token_logps, cu_seqlens), count_tokens(counted, cu_seqlens))
+    return WeightedLogProb(
+        total,
+        segment_sum(token_logps, cu_seqlens, impl),
+        counts,
+        token_logps if return_token_logps else None,
+    )
 
 
 def _weights_per_row(weights: Tensor, weights_per: str, cu_seqlens: Tensor, rows: int, device: torch.device) -> Tensor:
@@ -126,7 +140,8 @@ def _weights_per_row(weights: Tensor, weights_per: str, cu_seqlens: Tensor, rows
             f"weights must have length B = {sequences} (one for each sequence) or N = {rows} (one for each row), "
             f"with weights_per={weights_per!r}; got {len(weights)}"
         )
-    if weights_per == "auto" and sequences == rows and device.type == "cpu" and (cu_seqlens.diff() != 1).any():
+    visible = device.type == "cpu" and not torch.compiler.is_compiling()
+    if weights_per == "auto" and sequences == rows and visible and (cu_seqlens.diff() != 1).any():
         raise ValueError(
             f"weights is ambiguous: B = N = {rows}, but not every sequence has one token. "
             "Pass weights_per='sequence' or weights_per='token'"

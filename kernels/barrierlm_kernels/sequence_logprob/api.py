@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_choice, check_options, check_packing, check_tensor
-from .._segments import count_tokens, segment_reduce
+from .._checks import FLOATS, check_choice, check_flag, check_options, check_packing, check_tensor
+from .._dispatch import choose
+from .._packing import read_packing
+from .._segments import segment_reduce
 from ..results import SequenceLogProbs
-from .reference import token_logprobs
+from .op import token_logprobs
 
 
 def sequence_logprob(
@@ -20,6 +22,7 @@ def sequence_logprob(
     softcap: float | None = None,
     return_token_logps: bool = False,
     return_entropy: bool = False,
+    inplace_backward: bool = False,
     impl: str = "auto",
 ) -> SequenceLogProbs:
     """Log-probability of each sequence of a packed batch, from its logits.
@@ -43,7 +46,10 @@ def sequence_logprob(
         softcap: bound c on the absolute value of the logits, in logits.
         return_token_logps: also return the [N] token log-probabilities.
         return_entropy: also return the [B] entropies, reduced as the log-probabilities are.
-        impl: "auto" and "reference" run the torch implementation.
+        inplace_backward: write the gradient over the logits, which saves their size in memory; afterwards they are
+            gone. For logits that nothing else reads, such as a head's output. With retain_graph=True, under
+            torch.compile and for logits that are not contiguous the gradient gets memory of its own all the same.
+        impl: "auto", "triton" or "reference"; see `which_impl`.
 
     Returns:
         `SequenceLogProbs(logps, counts, token_logps, entropy)` in fp32, or in fp64 for fp64 logits.
@@ -51,14 +57,14 @@ def sequence_logprob(
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, device or value. The values of `targets`
             and `cu_seqlens` are checked on the CPU only, because the check would stall another device.
-        RuntimeError: impl="triton", or a second derivative.
+        RuntimeError: impl="triton" where Triton cannot run, or a second derivative.
 
     Example:
         >>> import torch
         >>> logits = torch.zeros(3, 4, requires_grad=True)
         >>> out = sequence_logprob(logits, torch.tensor([0, 1, -100]), torch.tensor([0, 1, 3]))
-        >>> out.logps, out.counts
-        (tensor([-1.3863, -1.3863], grad_fn=<_SegmentSumBackward>), tensor([1, 1]))
+        >>> out.logps.detach(), out.counts
+        (tensor([-1.3863, -1.3863]), tensor([1, 1]))
 
     References:
         Milakov, Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867 (max and sum kept
@@ -67,17 +73,24 @@ def sequence_logprob(
     check_tensor("logits", logits, ("N", "V"), FLOATS, None)
     check_choice("reduction", reduction, ("sum", "mean"))
     check_options(ignore_index=ignore_index, temperature=temperature, softcap=softcap, impl=impl)
-    check_packing(targets, cu_seqlens, logits.shape[0], logits.shape[1], ignore_index, logits.device)
+    check_flag("inplace_backward", inplace_backward)
+    check_packing(targets, cu_seqlens, logits.shape[0], logits.shape[1], logits.device)
+    impl = choose(impl, logits.device, logits.dtype)
 
-    counted = targets != ignore_index
-    safe_targets = torch.where(counted, targets, 0).long()
-    token_logps, token_entropy = token_logprobs(
-        logits, safe_targets, counted, temperature=temperature, softcap=softcap, entropy=return_entropy
+    safe_targets, counted, counts = read_packing(targets, cu_seqlens, logits.shape[1], ignore_index)
+    token_logps, token_entropy, *_ = token_logprobs(
+        logits,
+        safe_targets,
+        counted,
+        float(temperature),
+        None if softcap is None else float(softcap),
+        return_entropy,
+        inplace_backward,
+        impl,
     )
-    counts = count_tokens(counted, cu_seqlens)
     return SequenceLogProbs(
-        segment_reduce(token_logps, cu_seqlens, counts, reduction),
+        segment_reduce(token_logps, cu_seqlens, counts, reduction, impl),
         counts,
         token_logps if return_token_logps else None,
-        None if token_entropy is None else segment_reduce(token_entropy, cu_seqlens, counts, reduction),
+        segment_reduce(token_entropy, cu_seqlens, counts, reduction, impl) if return_entropy else None,
     )

@@ -1,91 +1,28 @@
-"""Log-softmax statistics and gradients of rows of logits, one tile of rows at a time.
-
-For one row z, with c the softcap and T the temperature (softcap first, temperature second):
-
-    x_j = (y_j - max y) / T,   y = c tanh(z / c)      s = sum_j exp(x_j)
-    log p_t = x_t - log s                             H = log s - e,   e = sum_j exp(x_j) x_j / s
-    d log p_t / d y_j = (1[j = t] - p_j) / T          dH / d y_j = -p_j (x_j - e) / T
-    dy_j / dz_j = 1 - (y_j / c)^2
-
-The maximum and log s are never added up: for logits around 1e4 their fp32 sum has lost the digits that
-log p_t needs. All of this is done in fp32 (fp64 for fp64 logits), whatever dtype holds the logits.
-"""
+"""The torch implementation of row statistics and gradients, one tile of rows at a time. The specification."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .base import Rows, spans
 
 # exp(x) is exactly 0 below this in fp32 and fp64, so clamping x here changes no sum; it turns 0 * -inf (the
 # entropy of a masked vocabulary entry) into 0 * -1000.
 _LOWEST = -1000.0
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class ReferenceRows(Rows):
+    """`Rows` in plain torch operations; the formulas are written there."""
 
-
-def spans(total: int, at_most: int) -> Iterator[tuple[int, int]]:
-    """Cut range(total) into the fewest spans of at most `at_most`, of nearly equal length."""
-    count = -(-total // at_most)
-    for i in range(count):
-        yield total * i // count, total * (i + 1) // count
-
-
-class RowSoftmax:
-    """Statistics of `rows` rows of logits, and the gradient with respect to those logits.
-
-    Rows are handed over in blocks of at most `block_rows`. A block is a matrix [k, V] in any floating dtype,
-    `start` the number of its first row. The statistics stay here, [rows] each, for a backward pass to pick up.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        vocab: int,
-        like: Tensor,
-        *,
-        block_rows: int,
-        temperature: float,
-        softcap: float | None,
-        entropy: bool,
-    ) -> None:
-        self.dtype = accumulation_dtype(like.dtype)
-        self.temperature, self.softcap, self.want_entropy = temperature, softcap, entropy
-        self.peak = like.new_zeros(rows, dtype=self.dtype)
-        self.total = torch.ones_like(self.peak)
-        self.logps = torch.zeros_like(self.peak)
-        self.moment = torch.zeros_like(self.peak)
+    def __init__(self, rows: int, vocab: int, like: Tensor, **options: Any) -> None:
+        super().__init__(rows, vocab, like, **options)
         # Work space (fp32 copies, tanh, exp) is the size of one tile: small beside a chunk of logits, and large
         # enough for the launch (or, on a CPU, the meeting of the threads) that each pass over it costs.
         tile_bytes = 2**24 if like.device.type == "cpu" else 2**26
-        self.tile_rows = max(1, min(block_rows, tile_bytes // (vocab * self.dtype.itemsize)))
-        self.vocab, self._like = vocab, like
+        self.tile_rows = max(1, min(self.block_rows, tile_bytes // (vocab * self.dtype.itemsize)))
         self._scratch: dict[str, Tensor] = {}
-
-    def entropies(self) -> Tensor:
-        """Entropy of each row, nats."""
-        return self.total.log() - self.moment
-
-    def resume(
-        self, statistics: list[Tensor], counted: Tensor, grad_logps: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take up (peak, total, moment) of an earlier pass, for the given upstream gradients [N].
-
-        Returns which rows are live (counted, with an upstream gradient), and the gradients, 0 elsewhere. Dead
-        rows get an infinite peak: their softmax, hence their gradient, is 0 for any finite logits.
-        """
-        live = torch.zeros_like(counted)
-        for grad in (grad_logps, grad_entropy):
-            if grad is not None:
-                live = live | (counted & (grad != 0))
-        peak, total, moment = statistics
-        self.peak = torch.where(live, peak, torch.inf)
-        self.total = torch.where(live, total, 1)
-        self.moment = torch.where(live, moment, 0)
-        grad_logps = torch.zeros_like(self.peak) if grad_logps is None else torch.where(live, grad_logps, 0)
-        return live, grad_logps, None if grad_entropy is None else torch.where(live, grad_entropy, 0)
 
     def measure(
         self,

@@ -1,0 +1,285 @@
+"""Row statistics and gradients as Triton kernels: one program a row, or a block of a row."""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .base import Rows
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to about 2 units in the last place: a polynomial near 0 (Cephes' coefficients), exp elsewhere."""
+    q = x * x
+    p = -5.70498872745e-3
+    p = p * q + 2.06390887954e-2
+    p = p * q - 5.37397155531e-2
+    p = p * q + 1.33314422036e-1
+    p = p * q - 3.33332819422e-1
+    near = x + x * q * p
+    t = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - t) / (1.0 + t)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _logits(z, bias, columns, inside, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """(y, tanh) of a block of raw logits; tanh is y itself where there is no softcap."""
+    y = z.to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    t = y
+    if HAS_SOFTCAP:
+        t = _tanh(y / softcap)
+        y = t * softcap
+    return y, t
+
+
+@triton.jit
+def _statistics(
+    row, z, bias, target, V, stride_v, scale, inverse_t, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(max y, sum exp(x), sum exp(x) x / sum exp(x), x of the target) of one row, in one read of V logits.
+
+    Every lane keeps a maximum and a sum of its own; they meet once, at the end. So the loop holds no exchange
+    between threads, and one exponential an element: of the difference to the old maximum or to the new one.
+    """
+    peak = tl.full([BLOCK], _LOWEST, dtype=tl.float32)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    moment = tl.zeros([BLOCK], dtype=tl.float32)  # sum of exp2(x) x, with x = (y - peak) / T in units of log 2
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < V
+        raw = tl.load(z + row + columns.to(tl.int64) * stride_v, mask=inside, other=0.0)
+        y, _ = _logits(raw, bias, columns, inside, softcap, HAS_BIAS, HAS_SOFTCAP)
+        y = tl.where(inside, y, float("-inf"))
+        x = (y - peak) * scale
+        e = tl.exp2(-tl.abs(x))
+        rises = x > 0
+        if ENTROPY:
+            # e = 0 comes with an x that may be infinite, and 0 * inf is NaN.
+            moved = tl.where(e > 0, (moment - x * total) * e, 0.0)
+            added = tl.where(e == 0, moment, moment + e * x)
+            moment = tl.where(rises, moved, added)
+        total = tl.where(rises, total * e + 1.0, total + e)
+        peak = tl.maximum(peak, y)
+    top = tl.max(peak, axis=0)
+    x = (peak - top) * scale
+    e = tl.exp2(x)
+    sum_all = tl.sum(total * e, axis=0)
+    mean = 0.0
+    if ENTROPY:
+        lane = tl.where(e > 0, (moment + x * total) * e, 0.0)
+        mean = tl.sum(lane, axis=0) / sum_all * _LN2
+    raw = tl.load(z + row + target * stride_v)
+    y = raw.to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias + target).to(tl.float32)
+    if HAS_SOFTCAP:
+        y = _tanh(y / softcap) * softcap
+    return top, sum_all, mean, (y - top) * inverse_t
+
+
+@triton.jit
+def _gradient(
+    y, t, columns, target, peak, total, moment, grad_logp, grad_entropy, scale, inverse_t,
+    HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The gradient with respect to a block of raw logits."""
+    x = (y - peak) * scale
+    p = tl.exp2(x) / total
+    slope = grad_logp
+    if ENTROPY:
+        # p = 0 comes with an x that may be infinite.
+        slope = grad_logp + tl.where(p > 0, grad_entropy * (x * _LN2 - moment), 0.0)
+    g = (tl.where(columns == target, grad_logp, 0.0) - p * slope) * inverse_t
+    if HAS_SOFTCAP:
+        g *= 1.0 - t * t
+    return g
+
+
+@triton.jit
+def measure_kernel(
+    z, bias, targets, peak, total, moment, logps, V, stride_n, stride_v, scale, inverse_t, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics: one program a row."""
+    index = tl.program_id(0)
+    row = index.to(tl.int64) * stride_n
+    target = tl.load(targets + index).to(tl.int64)
+    top, sum_all, mean, x = _statistics(
+        row, z, bias, target, V, stride_v, scale, inverse_t, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, BLOCK
+    )
+    tl.store(peak + index, top)
+    tl.store(total + index, sum_all)
+    if ENTROPY:
+        tl.store(moment + index, mean)
+    tl.store(logps + index, x - tl.log(sum_all))
+
+
+@triton.jit
+def differentiate_kernel(
+    z, out, bias, targets, peak, total, moment, grad_logps, grad_entropy,
+    V, stride_n, stride_v, out_stride_n, scale, inverse_t, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of measured rows: one program a block of a row. `out` may be `z`."""
+    index = tl.program_id(0)
+    row = index.to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    g_logp = tl.load(grad_logps + index)
+    g_entropy = 0.0
+    mean = 0.0
+    alive = g_logp != 0
+    if ENTROPY:
+        g_entropy = tl.load(grad_entropy + index)
+        mean = tl.load(moment + index)
+        alive = alive | (g_entropy != 0)
+    inside = columns < V
+    # A dead row is not read: it may hold anything.
+    readable = columns < tl.where(alive, V, 0)
+    raw = tl.load(z + row * stride_n + columns.to(tl.int64) * stride_v, mask=readable, other=0.0)
+    y, t = _logits(raw, bias, columns, inside, softcap, HAS_BIAS, HAS_SOFTCAP)
+    g = _gradient(
+        y, t, columns, tl.load(targets + index), tl.load(peak + index), tl.load(total + index), mean,
+        g_logp, g_entropy, scale, inverse_t, HAS_SOFTCAP, ENTROPY,
+    )  # fmt: skip
+    g = tl.where(alive, g, 0.0)
+    tl.store(out + row * out_stride_n + columns, g.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def measure_and_differentiate_kernel(
+    z, bias, targets, peak, total, logps, grad_logps, V, stride_n, scale, inverse_t, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics, then the gradient over the logits: one program a row, whose second read comes from the cache."""
+    index = tl.program_id(0)
+    row = index.to(tl.int64) * stride_n
+    target = tl.load(targets + index).to(tl.int64)
+    g_logp = tl.load(grad_logps + index)
+    top, sum_all, _, x = _statistics(
+        row, z, bias, target, V, 1, scale, inverse_t, softcap, HAS_BIAS, HAS_SOFTCAP, False, BLOCK
+    )
+    tl.store(peak + index, top)
+    tl.store(total + index, sum_all)
+    tl.store(logps + index, x - tl.log(sum_all))
+    tl.debug_barrier()  # all threads have read the target's logit before one of them writes over it
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < V
+        raw = tl.load(z + row + columns, mask=inside, other=0.0)
+        y, t = _logits(raw, bias, columns, inside, softcap, HAS_BIAS, HAS_SOFTCAP)
+        g = _gradient(y, t, columns, target, top, sum_all, 0.0, g_logp, 0.0, scale, inverse_t, HAS_SOFTCAP, False)
+        # A row without weight may hold anything; 0 times that would not be 0.
+        g = tl.where(g_logp != 0, g, 0.0)
+        tl.store(z + row + columns, g.to(z.dtype.element_ty), mask=inside)
+
+
+def _block(vocab: int) -> tuple[int, int]:
+    """Columns and warps of a program: 16 elements a thread, which keeps the lanes' numbers in registers."""
+    block = min(4096, max(256, triton.next_power_of_2(vocab)))
+    return block, max(1, block // 512)
+
+
+class TritonRows(Rows):
+    """`Rows` as Triton kernels; the formulas are written there."""
+
+    skips_dead_rows = True
+
+    def __init__(self, rows: int, vocab: int, like: Tensor, **options: Any) -> None:
+        super().__init__(rows, vocab, like, **options)
+        self.block, self.num_warps = _block(vocab)
+        self._scalars = {
+            "scale": math.log2(math.e) / self.temperature,
+            "inverse_t": 1 / self.temperature,
+            "softcap": self.softcap or 1.0,
+        }
+
+    def measure(
+        self, logits: Tensor, targets: Tensor, start: int, bias: Tensor | None = None, *, overwrite: bool = False
+    ) -> None:
+        if not len(logits):
+            return
+        rows = slice(start, start + len(logits))
+        with torch.cuda.device_of(logits):
+            measure_kernel[(len(logits),)](
+                logits,
+                bias,
+                targets,
+                self.peak[rows],
+                self.total[rows],
+                self.moment[rows],
+                self.logps[rows],
+                self.vocab,
+                *logits.stride(),
+                **self._flags(bias),
+                ENTROPY=self.want_entropy,
+            )
+
+    def measure_and_differentiate_(
+        self, logits: Tensor, targets: Tensor, start: int, grad_logps: Tensor, bias: Tensor | None = None
+    ) -> None:
+        if not len(logits):
+            return
+        rows = slice(start, start + len(logits))
+        with torch.cuda.device_of(logits):
+            measure_and_differentiate_kernel[(len(logits),)](
+                logits,
+                bias,
+                targets,
+                self.peak[rows],
+                self.total[rows],
+                self.logps[rows],
+                grad_logps,
+                self.vocab,
+                logits.stride(0),
+                **self._flags(bias),
+            )
+
+    def differentiate(
+        self,
+        logits: Tensor,
+        out: Tensor,
+        targets: Tensor,
+        start: int,
+        grad_logps: Tensor,
+        grad_entropy: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> None:
+        if not len(logits):
+            return
+        rows = slice(start, start + len(logits))
+        with torch.cuda.device_of(logits):
+            differentiate_kernel[(len(logits), triton.cdiv(self.vocab, self.block))](
+                logits,
+                out,
+                bias,
+                targets,
+                self.peak[rows],
+                self.total[rows],
+                self.moment[rows],
+                grad_logps,
+                grad_entropy,
+                self.vocab,
+                *logits.stride(),
+                out.stride(0),
+                **self._flags(bias),
+                ENTROPY=grad_entropy is not None,
+            )
+
+    def _flags(self, bias: Tensor | None) -> dict[str, Any]:
+        return self._scalars | {
+            "HAS_BIAS": bias is not None,
+            "HAS_SOFTCAP": self.softcap is not None,
+            "BLOCK": self.block,
+            "num_warps": self.num_warps,
+        }

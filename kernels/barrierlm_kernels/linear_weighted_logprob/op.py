@@ -1,0 +1,114 @@
+"""The registered operation behind `linear_weighted_logprob`: loss and gradient in one pass over the head.
+
+The weights are known before the head runs, so each chunk of logits can be turned into its gradient while it is
+there: three products (6 N V H operations) where recomputing the logits in backward needs four (8 N V H).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._autograd import graph_is_kept
+from .._head import HeadGradients, live_rows, no_autocast, rows_per_chunk
+from .._rows import accumulation_dtype, rows_class, spans
+
+
+@torch.library.custom_op("barrierlm::linear_weighted_total", mutates_args=())
+def linear_weighted_total(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_weights: Tensor,
+    temperature: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    memory_budget: int | None,
+    impl: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(sum_i w_i log p_i, log p [N], unit, and the gradients for hidden, weight and bias divided by `unit`).
+
+    log p is 0 where `row_weights` [N] is 0. `targets` must be valid indices in every row. `row_weights` has the
+    accumulation dtype. A gradient that `needs` does not name is an empty tensor; those of weight and bias are in
+    the accumulation dtype.
+    """
+    count, vocab = len(hidden), len(weight)
+    at_most = max(1, min(count, rows_per_chunk(weight, dtype, memory_budget)))
+    rows = rows_class(impl)(
+        count, vocab, hidden, block_rows=at_most, temperature=temperature, softcap=softcap, entropy=False
+    )
+    live = row_weights != 0
+    unit = _weight_unit(row_weights, dtype)
+    grad_logps = row_weights / unit
+    gradients = HeadGradients(hidden, weight, bias, needs)
+    with no_autocast(hidden.device):
+        head = weight.to(dtype)
+        buffer = hidden.new_empty(at_most, vocab, dtype=dtype)
+        for lo, hi in spans(count, at_most):
+            chunk = live_rows(hidden[lo:hi], live[lo:hi], dtype)
+            logits = torch.mm(chunk, head.t(), out=buffer[: hi - lo])
+            if any(needs):
+                rows.measure_and_differentiate_(logits, targets[lo:hi], lo, grad_logps[lo:hi], bias)
+                gradients.add(lo, hi, logits, chunk, head)
+            else:
+                rows.measure(logits, targets[lo:hi], lo, bias, overwrite=True)
+    logps = torch.where(live, rows.logps, 0)
+    total = (row_weights.double() * logps.double()).sum().to(logps.dtype)
+    return total, logps, unit, gradients.hidden, gradients.weight, gradients.bias
+
+
+@linear_weighted_total.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_weights: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(hidden.dtype)
+    gradients = HeadGradients(hidden, weight, bias, rest[-1])
+    total, logps = hidden.new_empty((), dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
+    return total, logps, torch.empty_like(total), gradients.hidden, gradients.weight, gradients.bias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias = inputs[:3]
+    ctx.needs = inputs[-1]
+    ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad_total is None:
+        return (None,) * 11
+    unit, *gradients = ctx.saved_tensors
+    # The gradients are large, so they are scaled in place, unless the graph is kept for another pass.
+    keep = graph_is_kept()
+    # Not 0-d: a 0-d factor would be rounded to the dtype of the gradient before the product.
+    factor = (grad_total * unit).reshape(1)
+    scaled: list[Tensor | None] = []
+    for gradient, dtype, need in zip(gradients, ctx.dtypes, ctx.needs, strict=True):
+        if not need:
+            scaled.append(None)
+        elif keep:
+            scaled.append((gradient * factor).to(dtype))
+        else:
+            scaled.append(torch.mul(gradient, factor, out=gradient).to(dtype))
+    return *scaled, *[None] * 8
+
+
+linear_weighted_total.register_autograd(_backward, setup_context=_save)
+
+
+def _weight_unit(row_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the weights are divided by until backward, 0-d.
+
+    In fp16 a weight of 1e-5 times a probability underflows, and a loss scale arrives only in backward, when the
+    gradient has been made. So there the largest weight becomes 1. Other dtypes have the range.
+    """
+    if dtype != torch.float16 or row_weights.numel() == 0:
+        return row_weights.new_ones(())
+    largest = row_weights.abs().amax()
+    return torch.where(largest > 0, largest, 1)
