@@ -1,4 +1,6 @@
-"""Shared set-up: no network, one thread per worker, and a Hypothesis profile without wall-clock deadlines."""
+"""Shared set-up: no network, one thread per worker, Triton's interpreter where there is no GPU, and a Hypothesis
+profile without wall-clock deadlines.
+"""
 
 import os
 
@@ -7,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # read when a kernel is defined, so before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("barrierlm", deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("barrierlm")

@@ -100,7 +100,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif _accumulates_in_product(total.device, left.dtype):
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         row_bytes = right.shape[1] * right.dtype.itemsize
         piece = max(1, _PIECE_BYTES.get(total.device.type, _PIECE_BYTES_ACCELERATOR) // max(1, row_bytes))
@@ -119,7 +119,7 @@ def _accumulates_in_product(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     total, small = (torch.zeros(16, 16, device=device, dtype=d) for d in (torch.float32, dtype))
     try:
-        torch.addmm(total, small, small, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, small, small, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):
         return False
     return True

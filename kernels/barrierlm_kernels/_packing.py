@@ -9,9 +9,7 @@ from ._checks import check_packing_values
 
 
 @torch.library.custom_op("barrierlm::read_packing", mutates_args=())
-def read_packing(
-    targets: Tensor, cu_seqlens: Tensor, vocab: int, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def read_packing(targets: Tensor, cu_seqlens: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """(targets [N] int64 valid in every row, counted [N] bool, counts [B] int64).
 
     Registered, so that the values are checked in compiled code as well; on the CPU only, because reading them

@@ -1,5 +1,6 @@
 """Plain PyTorch twins of the operations, packed batches to compare them on, and a recorder of what ran."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,13 @@ class Batch:
         self.cu_seqlens = torch.tensor([0, *self.lengths]).cumsum(0)
         self.weights = randn(len(self.lengths))
         self.row_weights = self.weights.repeat_interleave(torch.tensor(self.lengths, dtype=torch.long))
+
+    def to(self, device: str) -> "Batch":
+        """This batch with all its tensors moved."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        return self
 
     @property
     def logits(self) -> Tensor:
@@ -157,6 +165,33 @@ def body_of(operator: Any) -> Any:
     from torch._library.custom_ops import OPDEFS
 
     return OPDEFS[operator._schema.name]._init_fn
+
+
+def in_fp64(batch: Batch) -> Batch:
+    """The same numbers in fp64: the oracle's input."""
+    twin = copy.copy(batch)
+    twin.hidden, twin.weight, twin.bias = batch.hidden.double(), batch.weight.double(), batch.bias.double()
+    return twin
+
+
+FACTOR = 2.0  # times plain PyTorch's error in that dtype, plus half a unit in the last place
+
+
+def as_accurate_as_torch(results: Any) -> None:
+    """Assert it of (ours, plain PyTorch's, fp64's) for several batches.
+
+    Errors are norms over all batches: a largest error is one number's luck. Where there are few numbers, plain
+    PyTorch's may all be lucky, so it counts as no smaller than a rounding of the results.
+    """
+    for index in range(len(results[0][0])):
+        ours, theirs, exact = (
+            torch.cat([outcome[which][index].flatten() for outcome in results]) for which in range(3)
+        )
+        assert ours.isfinite().all(), index
+        assert ours.dtype == theirs.dtype, index
+        rounding = torch.finfo(ours.dtype).eps / 2 * exact.norm()
+        allowed = FACTOR * torch.maximum((theirs.double() - exact).norm(), rounding) + rounding
+        assert (ours.double() - exact).norm() <= allowed, index
 
 
 class Recorder(TorchDispatchMode):

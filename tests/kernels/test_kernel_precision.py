@@ -4,30 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from barrierlm_kernels import linear_sequence_logprob, linear_weighted_logprob, sequence_logprob
-from kernel_oracle import OPERATIONS, Batch, run
-
-FACTOR = 3.0  # times plain PyTorch's largest error in that dtype, plus half a unit in the last place of the scale
-
-
-def assert_as_accurate_as_torch(results):
-    """`results` holds (ours, plain PyTorch's, fp64's) for several batches; the largest errors are compared."""
-    for index in range(len(results[0][0])):
-        ours, theirs, exact = ([outcome[which][index] for outcome in results] for which in range(3))
-        assert all(x.isfinite().all() for x in ours), index
-        scale = max(x.abs().max() for x in exact)
-        allowed = FACTOR * largest_error(theirs, exact) + 0.5 * torch.finfo(ours[0].dtype).eps * scale
-        assert largest_error(ours, exact) <= allowed, index
-
-
-def largest_error(values, exact):
-    return max((a.double() - b).abs().max() for a, b in zip(values, exact, strict=True))
-
-
-def in_fp64(batch):
-    twin = Batch(batch.lengths, batch.hidden_size, batch.vocab, seed=batch.seed)
-    for name in ("hidden", "weight", "bias"):
-        setattr(twin, name, getattr(batch, name).double())
-    return twin
+from kernel_oracle import OPERATIONS, Batch, as_accurate_as_torch, in_fp64, run
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.8}], ids=str)
@@ -40,9 +17,8 @@ def test_error_is_that_of_plain_torch(name, dtype, options):
         batch = Batch([30, 0, 1, 17], hidden_size=24, vocab=507, dtype=dtype, seed=seed, scale=0.5)
         ours = run(function, batch, memory_budget=507 * 8 * 4, **options)
         theirs = run(naive, batch, **options)
-        assert [x.dtype for x in ours] == [x.dtype for x in theirs]
         results.append((ours, theirs, run(naive, in_fp64(batch), **options)))
-    assert_as_accurate_as_torch(results)
+    as_accurate_as_torch(results)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +99,7 @@ def test_autocast_multiplies_as_linear_does(name):
         results.append((ours, theirs, run(naive, in_fp64(batch))))
         assert {x.dtype for x in ours} == {torch.float32}
         assert not torch.equal(ours[-3], run(function, batch)[-3])  # it was bf16 that multiplied
-    assert_as_accurate_as_torch(results)
+    as_accurate_as_torch(results)
 
 
 def test_autocast_mixes_dtypes():
@@ -158,7 +134,7 @@ def test_the_weight_gradient_of_many_chunks_is_added_up_in_fp32(name):
     function, naive = OPERATIONS[name]
     batch = Batch([400], hidden_size=4, vocab=5, dtype=torch.bfloat16)
     ours, theirs = run(function, batch, memory_budget=1), run(naive, batch)
-    assert_as_accurate_as_torch([(ours[-2:], theirs[-2:], run(naive, in_fp64(batch))[-2:])])
+    as_accurate_as_torch([(ours[-2:], theirs[-2:], run(naive, in_fp64(batch))[-2:])])
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -128,7 +128,7 @@ def measure_kernel(
 @triton.jit
 def differentiate_kernel(
     z, out, bias, targets, peak, total, moment, grad_logps, grad_entropy,
-    V, stride_n, stride_v, out_stride_n, scale, inverse_t, softcap,
+    V, stride_n, stride_v, out_stride_n, out_stride_v, scale, inverse_t, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of measured rows: one program a block of a row. `out` may be `z`."""
@@ -153,7 +153,7 @@ def differentiate_kernel(
         g_logp, g_entropy, scale, inverse_t, HAS_SOFTCAP, ENTROPY,
     )  # fmt: skip
     g = tl.where(alive, g, 0.0)
-    tl.store(out + row * out_stride_n + columns, g.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride_n + columns.to(tl.int64) * out_stride_v, g.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -271,7 +271,7 @@ class TritonRows(Rows):
                 grad_entropy,
                 self.vocab,
                 *logits.stride(),
-                out.stride(0),
+                *out.stride(),
                 **self._flags(bias),
                 ENTROPY=grad_entropy is not None,
             )
@@ -283,3 +283,47 @@ class TritonRows(Rows):
             "BLOCK": self.block,
             "num_warps": self.num_warps,
         }
+
+
+def _configs() -> list[dict[str, Any]]:
+    """Every kernel at every block size, with few and with all options, as a real head would call it."""
+    rows = {"targets": "*i64", "peak": "*fp32", "total": "*fp32", "moment": "*fp32", "logps": "*fp32"}
+    upstream = {"grad_logps": "*fp32", "grad_entropy": "*fp32"}
+    scalars = {"V": "i32", "stride_n": "i64", "scale": "fp32", "inverse_t": "fp32", "softcap": "fp32"}
+    configs = []
+    for vocab, dtype in ((512, "bf16"), (2048, "bf16"), (49152, "bf16"), (49152, "fp32")):
+        block, num_warps = _block(vocab)
+        for full in (False, True):
+            flags = {"HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK": block}
+            bias = {"bias": f"*{dtype}"} if full else {}
+            no_bias = {} if full else {"bias": None}
+            kernels: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+                (measure_kernel, rows | scalars, {"stride_v": 1, "ENTROPY": full}),
+                (
+                    differentiate_kernel,
+                    rows | upstream | scalars | {"out": f"*{dtype}", "out_stride_n": "i64"},
+                    {"stride_v": 1, "out_stride_v": 1, "ENTROPY": full} | ({} if full else {"grad_entropy": None}),
+                ),
+                (measure_and_differentiate_kernel, rows | upstream | scalars, {}),
+            ]
+            for kernel, types, constants in kernels:
+                constexprs = flags | no_bias | constants
+                signature = {"z": f"*{dtype}"} | bias | types
+                signature = {k: v for k, v in signature.items() if k in kernel.arg_names and k not in constexprs}
+                configs.append(
+                    {
+                        "name": f"{kernel.__name__} {dtype} {block}" + (" bias softcap entropy" if full else ""),
+                        "kernel": kernel,
+                        "signature": signature,
+                        "constexprs": constexprs,
+                        "divisible": [k for k, v in signature.items() if v.startswith("*") or k.startswith("stride")]
+                        + ["V"]
+                        + (["out_stride_n"] if "out_stride_n" in signature else []),
+                        "num_warps": num_warps,
+                    }
+                )
+    return configs
+
+
+#: Every compile-time configuration, for the resource report.
+CONFIGS = _configs()

@@ -1,6 +1,5 @@
 """Per-sequence log-probabilities of packed sequences, from hidden states and the LM head."""
 
-import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_head, check_options, check_packing, check_tensor

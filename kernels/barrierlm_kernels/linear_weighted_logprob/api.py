@@ -62,7 +62,7 @@ def linear_weighted_logprob(
         memory_budget: bytes of logits that may exist at a time. None: 64 MiB on the CPU, 512 MiB elsewhere.
 
     Returns:
-        `WeightedLogProb(total, logps, counts, token_logps)`; total and logps in fp32, or in fp64 for fp64 hidden states.
+        `WeightedLogProb(total, logps, counts, token_logps)`, in fp32, or in fp64 for fp64 hidden states.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, device or value, or `weights` requires
@@ -113,6 +113,7 @@ def linear_weighted_logprob(
         None if softcap is None else float(softcap),
         matmul_dtype(hidden),
         memory_budget,
+        True,
         impl,
         needs,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._autograd import graph_is_kept
+from .._autograd import may_overwrite
 from .._head import HeadGradients, live_rows, no_autocast, rows_per_chunk
 from .._rows import accumulation_dtype, rows_class, spans
 
@@ -26,6 +26,7 @@ def linear_weighted_total(
     softcap: float | None,
     dtype: torch.dtype,
     memory_budget: int | None,
+    inplace_backward: bool,
     impl: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -33,7 +34,7 @@ def linear_weighted_total(
 
     log p is 0 where `row_weights` [N] is 0. `targets` must be valid indices in every row. `row_weights` has the
     accumulation dtype. A gradient that `needs` does not name is an empty tensor; those of weight and bias are in
-    the accumulation dtype.
+    the accumulation dtype. With `inplace_backward` they belong to backward, which writes over them where it may.
     """
     count, vocab = len(hidden), len(weight)
     at_most = max(1, min(count, rows_per_chunk(weight, dtype, memory_budget)))
@@ -72,7 +73,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias = inputs[:3]
-    ctx.needs = inputs[-1]
+    ctx.inplace, ctx.needs = inputs[-3], inputs[-1]
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
@@ -82,21 +83,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 @once_differentiable
 def _backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad_total is None:
-        return (None,) * 11
+        return (None,) * 12
     unit, *gradients = ctx.saved_tensors
-    # The gradients are large, so they are scaled in place, unless the graph is kept for another pass.
-    keep = graph_is_kept()
     # Not 0-d: a 0-d factor would be rounded to the dtype of the gradient before the product.
     factor = (grad_total * unit).reshape(1)
     scaled: list[Tensor | None] = []
     for gradient, dtype, need in zip(gradients, ctx.dtypes, ctx.needs, strict=True):
         if not need:
             scaled.append(None)
-        elif keep:
-            scaled.append((gradient * factor).to(dtype))
-        else:
+        elif ctx.inplace and may_overwrite(gradient):
             scaled.append(torch.mul(gradient, factor, out=gradient).to(dtype))
-    return *scaled, *[None] * 8
+        else:
+            scaled.append((gradient * factor).to(dtype))
+    return *scaled, *[None] * 9
 
 
 linear_weighted_total.register_autograd(_backward, setup_context=_save)

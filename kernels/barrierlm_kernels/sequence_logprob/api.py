@@ -1,6 +1,5 @@
 """Per-sequence log-probabilities of packed sequences, from logits."""
 
-import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_flag, check_options, check_packing, check_tensor

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._autograd import graph_is_kept
+from .._autograd import may_overwrite
 from .._rows import Rows, accumulation_dtype, rows_class
 
 
-def _rows(
-    logits: Tensor, impl: str, temperature: float, softcap: float | None, entropy: bool
-) -> Rows:
+def _rows(logits: Tensor, impl: str, temperature: float, softcap: float | None, entropy: bool) -> Rows:
     rows, vocab = logits.shape
     return rows_class(impl)(
         rows, vocab, logits, block_rows=rows, temperature=temperature, softcap=softcap, entropy=entropy
@@ -132,7 +130,7 @@ def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, 
         softcap,
         impl,
     )
-    if inplace and not graph_is_kept():
+    if inplace and may_overwrite(logits):
         token_logprobs_backward_(*arguments)
         return logits, *[None] * 7
     return token_logprobs_backward(*arguments), *[None] * 7
