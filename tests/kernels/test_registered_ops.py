@@ -48,13 +48,9 @@ def samples(impl):
         options = (0.7, softcap, entropy, torch.float32, 100)
         yield linear_token_logprobs, (hidden, weight, b, targets, counted, *options, impl)
         for needs in NEEDS if entropy else NEEDS[1:]:
-            yield (
-                linear_token_logprobs_backward,
-                (
-                    (column, grad_entropy, *(None if x is None else x.detach() for x in (hidden, weight, b)), targets)
-                    + (counted, statistics, 0.7, softcap, torch.float32, 100, impl, needs)
-                ),
-            )
+            inputs = [None if x is None else x.detach() for x in (hidden, weight, b)]
+            rest = (0.7, softcap, torch.float32, 100, impl, needs)
+            yield linear_token_logprobs_backward, (column, grad_entropy, *inputs, targets, counted, statistics, *rest)
     for needs in NEEDS:
         inputs = (x.detach().requires_grad_(need) for x, need in zip((hidden, weight, bias), needs, strict=True))
         yield linear_weighted_total, (*inputs, targets, column, 0.7, None, torch.float32, 100, False, impl, needs)
@@ -88,11 +84,7 @@ def losses(impl):
         out = linear_weighted_logprob(hidden, weight, *packing, weights.to(hidden.device), impl=impl)
         return out.total * 3
 
-    return {
-        "sequence_logprob": from_logits,
-        "linear_sequence_logprob": from_hidden,
-        "linear_weighted_logprob": weighted,
-    }
+    return {f.__name__: f for f in (from_logits, from_hidden, weighted)}
 
 
 def training_step(loss, device, **compile_options):
