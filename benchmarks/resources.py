@@ -1,6 +1,6 @@
 """Compile every kernel without a GPU and read what it uses from the binary.
 
-    python -m benchmarks.resources [--targets sm_80 sm_90] [--json FILE] [--markdown]
+    python -m benchmarks.resources [--targets sm_80 sm_90] [--json FILE] [--write]
 
 Registers, shared memory, stack and spills come from cuobjdump, the widths of global loads and stores from the SASS;
 for AMD targets from the assembly's metadata. The exit status is 1 if a kernel spills.
@@ -30,6 +30,11 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+
+#: Where the table is kept, and between which lines.
+README = Path(__file__).parent.parent / "kernels" / "README.md"
+MARKERS = ("<!-- resources -->", "<!-- end of resources -->")
 
 
 def configurations() -> list[dict[str, Any]]:
@@ -116,19 +121,30 @@ def report(targets: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of kernels/README.md."""
-    lines = [
-        "| kernel | target | warps | registers | shared, bytes | spills | loads, bits x count | stores |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def table(rows: list[dict[str, Any]]) -> str:
+    """The Markdown table: a line for each configuration, the targets beside each other."""
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    by_name: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['name']} | {row['target']} | {row['warps']} | {row['error']} |||||")
+        by_name.setdefault(row["name"], {})[row["target"]] = row
+    lines = [
+        f"(Triton {triton.__version__}; targets: {', '.join(targets)})",
+        "",
+        "| kernel, dtype, block | warps | registers | shared bytes | spills | loads by bits | stores by bits |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in by_name.items():
+        builds = [found[target] for target in targets]
+        errors = [f"{row['target']}: {row['error']}" for row in builds if "error" in row]
+        if errors:
+            lines.append(f"| {name} | {builds[0]['warps']} | {'; '.join(errors)} | | | | |")
             continue
-        loads, stores = (", ".join(f"{w} x {n}" for w, n in row[k].items()) or "-" for k in ("loads", "stores"))
-        numbers = f"{row['warps']} | {row['registers']} | {row['shared']} | {row['spills']}"
-        lines.append(f"| {row['name']} | {row['target']} | {numbers} | {loads} | {stores} |")
+        cells = [str(builds[0]["warps"])]
+        cells += [", ".join(str(row[key]) for row in builds) for key in ("registers", "shared", "spills")]
+        for key in ("loads", "stores"):
+            widths = [" + ".join(f"{n} x {bits}" for bits, n in row[key].items()) or "-" for row in builds]
+            cells.append(", ".join(dict.fromkeys(widths)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -136,11 +152,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["sm_80", "sm_90"])
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--write", action="store_true", help="put the table into kernels/README.md")
     options = parser.parse_args()
     rows = report(options.targets)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(markdown(rows))
+    if options.write:
+        text = README.read_text(encoding="utf-8")
+        before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
+        README.write_text(f"{before}{MARKERS[0]}\n{table(rows)}\n{MARKERS[1]}{after}", encoding="utf-8")
+    print(table(rows))
     return int(any(row.get("error") or row["spills"] for row in rows))
 
 

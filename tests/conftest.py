@@ -24,3 +24,4 @@ def _repeatable():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.set_default_device(None)

@@ -55,7 +55,8 @@ class HeadGradients:
     """Gradients for hidden [N, H], weight [V, H] and bias [V], filled in chunk by chunk of rows.
 
     `hidden` is in its own dtype, each row being written once; `weight` and `bias` are added up over the chunks, in
-    the accumulation dtype. What `needs` does not name is an empty tensor.
+    the accumulation dtype, the first of which is written and not added: setting a large gradient to 0 takes as long
+    as writing it. What `needs` does not name is an empty tensor.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> None:
@@ -63,19 +64,19 @@ class HeadGradients:
         wide = accumulation_dtype(weight.dtype)
         empty = hidden.new_empty(0)
         self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else empty
-        self.weight = weight.new_zeros(weight.shape, dtype=wide) if needs[1] else torch.empty_like(empty)
-        self.bias = torch.empty_like(empty)
-        if bias is not None and needs[2]:
-            self.bias = bias.new_zeros(bias.shape, dtype=wide)
+        make = weight.new_zeros if hidden.shape[0] == 0 else weight.new_empty
+        self.weight = make(weight.shape, dtype=wide) if needs[1] else torch.empty_like(empty)
+        self.bias = torch.empty_like(empty) if bias is None or not needs[2] else make(bias.shape, dtype=wide)
 
     def add(self, lo: int, hi: int, grad_logits: Tensor, chunk: Tensor, head: Tensor) -> None:
         """Rows lo to hi: gradients of their logits [n, V], hidden states [n, H] and the head [V, H] in one dtype."""
         if self.needs[0]:
             _set_product(self.hidden[lo:hi], grad_logits, head)
         if self.needs[1]:
-            _add_product(self.weight, grad_logits.t(), chunk)
+            _add_product(self.weight, grad_logits.t(), chunk, first=lo == 0)
         if self.needs[2]:
-            self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
+            sums = grad_logits.sum(0, dtype=self.bias.dtype)
+            self.bias.copy_(sums if lo == 0 else self.bias + sums)
 
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
         """All three in the dtypes of their inputs."""
@@ -95,17 +96,19 @@ _PIECE_BYTES = {"cpu": 8 * 2**20}
 _PIECE_BYTES_ACCELERATOR = 64 * 2**20
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [V, H] += left [V, n] @ right [n, H]; `total` is fp32 or fp64."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """total [V, H] = (0 if first else total) + left [V, n] @ right [n, H]; `total` is fp32 or fp64."""
+    beta = 0 if first else 1  # 0 does not read the sum, which may hold anything then
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=beta)
     elif _accumulates_in_product(total.device, left.dtype):
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
     else:
         row_bytes = right.shape[1] * right.dtype.itemsize
         piece = max(1, _PIECE_BYTES.get(total.device.type, _PIECE_BYTES_ACCELERATOR) // max(1, row_bytes))
         for lo, hi in spans(len(total), piece):
-            total[lo:hi].add_(left[lo:hi] @ right)
+            product = left[lo:hi] @ right
+            total[lo:hi].copy_(product) if first else total[lo:hi].add_(product)
 
 
 @cache

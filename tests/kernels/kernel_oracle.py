@@ -19,6 +19,11 @@ from torch.utils._pytree import tree_leaves
 IGNORE = -100
 
 
+def device_for(impl: str) -> str:
+    """Where an implementation is tested: Triton natively if it can be, else in its interpreter."""
+    return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+
+
 @dataclass
 class Batch:
     """A packed batch with a head; `lengths` decide everything else."""

@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from barrierlm_kernels import linear_sequence_logprob, linear_weighted_logprob, sequence_logprob
-from kernel_oracle import OPERATIONS, Batch, as_accurate_as_torch, in_fp64, run
+from kernel_oracle import OPERATIONS, Batch, as_accurate_as_torch, device_for, in_fp64, run
+
+
+implementations = pytest.mark.parametrize("impl", ["reference", "triton"])
+
+
+def impl_for(impl, x):
+    """The fp64 oracle is the reference's."""
+    return "reference" if x.dtype == torch.float64 else impl
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.8}], ids=str)
@@ -29,14 +37,18 @@ def test_error_is_that_of_plain_torch(name, dtype, options):
         pytest.param(torch.randn(4, 10, generator=torch.Generator().manual_seed(0)) + 1e6, id="offset 1e6"),
         pytest.param(torch.full((4, 10), -3e38), id="near the lowest"),
         pytest.param(torch.zeros(4, 10), id="all equal"),
+        pytest.param(torch.full((4, 10), -1e4), id="all -1e4"),
+        pytest.param(torch.full((4, 10), -1e4).index_fill(1, torch.tensor([4]), 1e4), id="one +1e4"),
     ],
 )
-def test_extreme_logits(logits):
-    targets, cu = torch.tensor([0, 9, 4, 4]), torch.tensor([0, 3, 4])
+@implementations
+def test_extreme_logits(logits, impl):
+    logits = logits.to(device_for(impl))
+    targets, cu = torch.tensor([0, 9, 4, 4]).to(logits.device), torch.tensor([0, 3, 4]).to(logits.device)
     grads, outputs = [], []
     for x in (logits, logits.double()):
         x = x.clone().requires_grad_()
-        out = sequence_logprob(x, targets, cu, return_token_logps=True, return_entropy=True)
+        out = sequence_logprob(x, targets, cu, return_token_logps=True, return_entropy=True, impl=impl_for(impl, x))
         outputs.append(out)
         grads.append(torch.autograd.grad(out.logps.sum() + out.entropy.sum(), x)[0].double())
     exact = torch.log_softmax(logits.double(), -1).gather(1, targets[:, None])[:, 0]
@@ -45,19 +57,23 @@ def test_extreme_logits(logits):
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
 
 
-def test_large_logits_keep_their_digits():
+@implementations
+def test_large_logits_keep_their_digits(impl):
     # One fp32 log-sum-exp near 1e4 is rounded to 1e-3; max and log-sum apart are not.
+    torch.set_default_device(device_for(impl))
     logits = torch.tensor([[10000.0, 10001.0, 9999.5]])
-    out = sequence_logprob(logits, torch.tensor([0]), torch.tensor([0, 1]))
+    out = sequence_logprob(logits, torch.tensor([0]), torch.tensor([0, 1]), impl=impl)
     exact = torch.log_softmax(logits.double(), -1)[0, :1]
     together = logits[:, 0] - torch.logsumexp(logits, -1)
     assert (out.logps - exact).abs() < 2e-7
     assert (together - exact).abs() > 1e-4
 
 
-def test_masked_vocabulary_entries():
+@implementations
+def test_masked_vocabulary_entries(impl):
+    torch.set_default_device(device_for(impl))
     logits = torch.tensor([[1.0, -torch.inf, 0.5], [0.0, -torch.inf, 2.0]], requires_grad=True)
-    out = sequence_logprob(logits, torch.tensor([0, 2]), torch.tensor([0, 2]), return_entropy=True)
+    out = sequence_logprob(logits, torch.tensor([0, 2]), torch.tensor([0, 2]), return_entropy=True, impl=impl)
     (grad,) = torch.autograd.grad(3 * out.logps + 2 * out.entropy, logits)
     rest = logits.detach()[:, [0, 2]].requires_grad_()
     twin = sequence_logprob(rest, torch.tensor([0, 1]), torch.tensor([0, 2]), return_entropy=True)

@@ -15,7 +15,7 @@ from barrierlm_kernels.sequence_logprob.op import (
     token_logprobs_backward,
     token_logprobs_backward_,
 )
-from kernel_oracle import Batch
+from kernel_oracle import Batch, device_for
 
 N, H, V = 7, 5, 11
 IMPLS = ["reference", "triton"]
@@ -24,14 +24,15 @@ NEEDS = [[True, True, True], [True, False, False], [False, False, False]]
 
 def samples(impl):
     """(operation, arguments) for every registered operation, with and without what is optional."""
-    batch = Batch([4, 0, 3], H, V, dtype=torch.float32, ignored=0)
-    targets, counted = batch.targets, torch.tensor([True, True, False, True, True, True, True])
+    device = device_for(impl)
+    batch = Batch([4, 0, 3], H, V, dtype=torch.float32, ignored=0).to(device)
+    targets, counted = batch.targets, torch.tensor([True, True, False, True, True, True, True], device=device)
     hidden, weight, bias = (x.requires_grad_() for x in (batch.hidden, batch.weight, batch.bias))
     logits = batch.logits.detach().requires_grad_()
-    column = torch.rand(N)
+    column = torch.rand(N, device=device)
     yield read_packing, (targets, batch.cu_seqlens, V, -100)
     yield segment_sum, (column.clone().requires_grad_(), batch.cu_seqlens, impl)
-    statistics = [torch.zeros(N), torch.ones(N), torch.zeros(N)]
+    statistics = [torch.zeros_like(column), torch.ones_like(column), torch.zeros_like(column)]
     for entropy in (False, True):
         softcap = 3.0 if entropy else None
         grad_entropy = column if entropy else None

@@ -5,11 +5,11 @@ import torch
 from barrierlm_kernels import linear_weighted_logprob, sequence_logprob
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_oracle import OPERATIONS, Batch, as_accurate_as_torch, in_fp64, run
+from kernel_oracle import OPERATIONS, Batch, as_accurate_as_torch, device_for, in_fp64, run
 
 pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = device_for("triton")
 TRITON = {"impl": "triton"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
