@@ -11,6 +11,7 @@ from .diagnostics import BoundState, Report
 from .estimators import EMA, BatchMean
 from .objective import BarrierObjective
 from .output import ObjectiveOutput
+from .packing import PackedBatch
 from .sampling import Sampled
 from .schedules import AdaptiveSchedule, ConstantSchedule, ExponentialSchedule, Schedule
 
@@ -31,6 +32,7 @@ __all__ = [
     "LogBarrier",
     "ModifiedBarrier",
     "ObjectiveOutput",
+    "PackedBatch",
     "Readings",
     "RelaxedLogBarrier",
     "Report",

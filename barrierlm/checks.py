@@ -14,8 +14,13 @@ from .estimators import Column
 from .sampling import Sampled
 
 
-def check_call(names: tuple[str, ...], measurements: Any, num_samples: Any, loss_divisor: Any) -> None:
-    """Everything about a call that shapes, names and types tell, before any state changes."""
+def check_call(
+    names: tuple[str, ...], measurements: Any, num_samples: Any, loss_divisor: Any, *, how: str = "combine"
+) -> None:
+    """Everything about a call that shapes, names and types tell, before any state changes.
+
+    ``how`` is what a `Sampled` is for: "combine", "calibrate" (no gradient) or "linear" (which makes logps itself).
+    """
     for argument, mapping in (("measurements", measurements), ("num_samples_in_window", num_samples)):
         if not isinstance(mapping, Mapping):
             raise TypeError(f"{argument} is a {type(mapping).__name__}; allowed: a mapping by constraint name")
@@ -23,7 +28,7 @@ def check_call(names: tuple[str, ...], measurements: Any, num_samples: Any, loss
         if unknown:
             raise ValueError(f"{argument} has {unknown[0]!r}; allowed: the constraints {', '.join(map(repr, names))}")
     for name, value in measurements.items():
-        _check_measurement(name, value)
+        _check_measurement(name, value, how)
     for name, n in num_samples.items():
         if isinstance(n, Tensor):
             if n.dim() != 0:
@@ -48,14 +53,35 @@ def check_rows(names: tuple[str, ...], rows: Tensor, *, raise_nonfinite: bool) -
         )
 
 
-def _check_measurement(name: str, value: Any) -> None:
-    gradients = torch.is_grad_enabled()  # an empty micro-batch has none to give
-    if isinstance(value, Sampled):
-        if gradients and not value.logps.requires_grad and value.logps.numel():
+def _check_sampled(name: str, value: Sampled, how: str) -> None:
+    if how == "linear":
+        if value.logps is not None and value.logps.requires_grad:
             raise ValueError(
-                f"measurements[{name!r}]: logps do not require grad; allowed: log-probabilities that the policy "
-                "computed with gradients on"
+                f"measurements[{name!r}]: logps require grad, and linear() makes the gradient itself; allowed: leave "
+                "logps out, or logps.detach() where their numbers are needed (old_logps, reference_kl)"
             )
+        return
+    if value.logps is None and (how == "combine" or value.needs_logps):
+        raise ValueError(
+            f"measurements[{name!r}]: logps is missing; allowed: the policy's log-probabilities, with gradient (only "
+            "linear() makes them itself)"
+        )
+    if value.credited_per_token and value.cu_seqlens is None:
+        raise ValueError(
+            f"measurements[{name!r}]: cu_seqlens is missing; allowed: the responses' offsets [B+1] (only linear() has "
+            "them from its batch)"
+        )
+    # An empty micro-batch has no gradient to give.
+    if torch.is_grad_enabled() and value.logps is not None and not value.logps.requires_grad and value.logps.numel():
+        raise ValueError(
+            f"measurements[{name!r}]: logps do not require grad; allowed: log-probabilities that the policy "
+            "computed with gradients on"
+        )
+
+
+def _check_measurement(name: str, value: Any, how: str) -> None:
+    if isinstance(value, Sampled):
+        _check_sampled(name, value, how)
         return
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -65,7 +91,7 @@ def _check_measurement(name: str, value: Any) -> None:
         raise TypeError(f"measurements[{name!r}] has dtype {value.dtype}; allowed: a floating dtype")
     if value.dim() > 1:
         raise ValueError(f"measurements[{name!r}] has shape {tuple(value.shape)}; allowed: [n] or 0-d")
-    if gradients and not value.requires_grad and value.numel():
+    if torch.is_grad_enabled() and not value.requires_grad and value.numel():
         raise ValueError(
             f"measurements[{name!r}] is a tensor without gradient: a constraint that does nothing. Did you mean "
             "Sampled(values=..., logps=...)? allowed: a tensor with gradient, or Sampled"

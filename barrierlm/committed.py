@@ -15,7 +15,7 @@ from .barriers import Readings, Rule
 from .constraints import Bounds
 from .diagnostics import BoundState, FeasibilityWatch, Report, verdict, verdict_tolerance
 from .estimators import EMA, Column, Scales, wide_dtype
-from .sampling import PositionBaseline
+from .positions import PositionBaseline
 from .schedules import Schedule
 
 

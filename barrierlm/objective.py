@@ -15,10 +15,12 @@ from .barriers import AdaptiveBarrier, Rule
 from .checks import check_call, check_rows
 from .committed import Committed
 from .constraints import Bounds, Constraint
+from .current import barrier_terms
 from .diagnostics import Report
 from .distributed import world_size
 from .estimators import EMA, Column
 from .output import ObjectiveOutput
+from .packing import PackedBatch
 from .sampling import Measured, Sampled, measure_value
 from .schedules import AdaptiveSchedule, Schedule
 from .window import Window
@@ -206,6 +208,99 @@ class BarrierObjective:
         self._check_call(measurements, num_samples_in_window, loss_divisor)
         return self._combine(task_loss, measurements, num_samples_in_window, loss_divisor)
 
+    def linear(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        batch: PackedBatch,
+        measurements: Measurements | None = None,
+        *,
+        bias: Tensor | None = None,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        ignore_index: int = -100,
+        compact: bool = False,
+        num_samples_in_window: Mapping[str, int | Tensor] | None = None,
+        loss_divisor: float = 1,
+        impl: str = "auto",
+        memory_budget: int | None = None,
+    ) -> ObjectiveOutput:
+        r"""Task and sampled constraints in one pass over the LM head, never an [N, V] tensor.
+
+        .. math:: L = -\sum_i t_i \log p_i, \qquad
+                  \nabla \text{loss} = \sum_i \Big(\sum_k w_k a_{ki} - t_i\Big) \nabla \log p_i
+
+        The same as `combine` with the token log-probabilities of this batch, in value, gradient and committed
+        state, to round-off: the advantages a (times their share of the window) come from costs and committed
+        estimates alone, so the weight of every token is known before the head runs. 6 N V H operations, where a
+        loss on log-probabilities needs 8.
+
+        An importance ratio (``old_logps``) and a KL need log-probabilities before that. Where a `Sampled` does not
+        bring them as ``logps``, a forward-only pass over the sampled rows computes them: 2 V H operations a row.
+
+        Costs and hidden states that are not finite drop their constraints, as in `combine`. A log-probability that
+        only the head makes infinite shows when the gradient is made: it is kept out of the estimates and counted,
+        and the loss is NaN.
+
+        Args:
+            hidden: Last hidden states [N, H], floating: row i predicts ``batch.targets[i]``.
+            weight: LM head [V, H], dtype of ``hidden`` (autocast may mix dtypes).
+            batch: What the rows are, and their weights in the task loss.
+            measurements: As for `combine`, but a `Sampled` is about the batch's sampled sequences and leaves out
+                ``logps`` (and ``cu_seqlens``). Pathwise tensors as ever.
+            bias: Of the head [V].
+            temperature: Divides the logits, after the softcap.
+            softcap: c in c tanh(logits / c).
+            ignore_index: Target of rows that do not count.
+            compact: Leave rows without weight out of the matrix products; waits for the device once.
+            num_samples_in_window: See `combine`.
+            loss_divisor: See `combine`.
+            impl: "auto", "triton" or "reference"; see `barrierlm_kernels`.
+            memory_budget: Bytes of logits that may exist at a time; None: the kernels' default.
+
+        Returns:
+            An `ObjectiveOutput`; call ``.loss.backward()``.
+
+        Raises:
+            TypeError, ValueError: As for `combine`; measurements, hidden states or a head that do not fit the
+                batch; ``logps`` with gradient; nothing to differentiate while gradients are on.
+            ValueError: ``multiplier="current"``, whose weights are known only after the pass.
+
+        Example:
+            >>> hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
+            >>> batch = PackedBatch(
+            ...     torch.tensor([4, 2, 1, 7, 1]), torch.tensor([0, 3, 5]), torch.tensor([1 / 3, 0.0]), num_sampled=1
+            ... )
+            >>> objective = BarrierObjective(None, [Constraint("length", upper=3.0)])
+            >>> out = objective.linear(hidden, head, batch, {"length": Sampled.per_token(torch.ones(2))})
+            >>> out.loss.backward()
+            >>> objective.step()
+
+        Source: ARCHITECTURE.md, "One pass over the head".
+        """
+        from .linear import Head, check_pass, one_pass  # loads the kernels, which nothing else here needs
+
+        measurements, num_samples_in_window = measurements or {}, num_samples_in_window or {}
+        if self.multiplier == "current":
+            raise ValueError(
+                "linear() with multiplier='current'; allowed: multiplier='committed' (its weights are known before the "
+                "pass over the head; those of this call's own values only after it), or combine()"
+            )
+        self._check_call(measurements, num_samples_in_window, loss_divisor, how="linear")
+        sampled = {name: m for name, m in measurements.items() if isinstance(m, Sampled)}
+        head = Head(weight, bias, temperature, softcap, ignore_index, impl, memory_budget)
+        check_pass(hidden, head, batch, sampled)
+        names, device = self._committed.bounds.names, hidden.device
+        expected = {names.index(name): n for name, n in num_samples_in_window.items()}
+        measured = self._measure({name: m for name, m in measurements.items() if name not in sampled})
+        ours = {names.index(name): m for name, m in sampled.items()}
+        view = self._committed.view(device)
+        weights = {k: view.weights[k] * self._share(batch.num_sampled, expected.get(k), loss_divisor) for k in ours}
+        out = one_pass(hidden, head, batch, ours, view, weights, compact=compact)
+        terms = self._linear_terms(measured, expected, loss_divisor)
+        rows = {k: m.row for k, m in measured.items()} | out.window_rows
+        return self._finish(out.loss, terms, out.task_loss, view.penalty, rows, expected)
+
     def step(self) -> None:
         """Commit the window: reduce its sums over the ranks, update the estimates, set the next multipliers.
 
@@ -253,10 +348,10 @@ class BarrierObjective:
                 "call, or after step() or discard_window()"
             )
         with torch.no_grad():
-            self._check_call(measurements, {}, 1)
+            self._check_call(measurements, {}, 1, how="calibrate")
             measured = self._measure(measurements)
         window = Window(len(self.constraints))
-        window.add(measured, {})
+        window.add({k: m.row for k, m in measured.items()}, {})
         _, rows = window.reduce(self.process_group)
         self._check_rows(rows)
         self._committed.commit(rows, tick=False)
@@ -333,15 +428,26 @@ class BarrierObjective:
         expected = {names.index(name): n for name, n in num_samples_in_window.items()}
         measured = self._measure(measurements)
         if self.multiplier == "current":
-            terms, penalty = self._barrier_terms(measured)
+            terms, penalty = barrier_terms(self._committed, measured)
         else:
             terms = self._linear_terms(measured, expected, loss_divisor)
             penalty = self._committed.view(task_loss.device).penalty
-        loss = task_loss
+        rows = {k: m.row for k, m in measured.items()}
+        return self._finish(task_loss, terms, task_loss, penalty, rows, expected)
+
+    def _finish(
+        self,
+        loss: Tensor,
+        terms: list[Tensor],
+        task_loss: Tensor,
+        penalty: Tensor,
+        rows: dict[int, Tensor],
+        expected: dict[int, int | Tensor],
+    ) -> ObjectiveOutput:
         for term in terms:
             loss = loss + term.to(loss.device)
         if torch.is_grad_enabled():
-            self._window.add(measured, expected)
+            self._window.add(rows, expected)
             if self.windows == 0 and self._window.calls == _CALLS_BEFORE_WARNING:
                 self._warn_once(
                     "step",
@@ -352,8 +458,8 @@ class BarrierObjective:
         out._committed_metrics = self.metrics
         return out
 
-    def _check_call(self, measurements: Any, num_samples: Any, loss_divisor: Any) -> None:
-        check_call(self._committed.bounds.names, measurements, num_samples, loss_divisor)
+    def _check_call(self, measurements: Any, num_samples: Any, loss_divisor: Any, *, how: str = "combine") -> None:
+        check_call(self._committed.bounds.names, measurements, num_samples, loss_divisor, how=how)
         if self.multiplier == "current" and world_size(self.process_group) > 1:
             raise RuntimeError(
                 f"multiplier='current' with {world_size(self.process_group)} ranks; allowed: one process (the barrier "
@@ -381,47 +487,21 @@ class BarrierObjective:
     def _linear_terms(
         self, measured: dict[int, Measured], expected: dict[int, int | Tensor], loss_divisor: float
     ) -> list[Tensor]:
-        """w_k times this micro-batch's share of the window's mean, such that the loop's own division and
-        averaging give w_k times the mean."""
-        ranks = world_size(self.process_group)
+        """w_k times this micro-batch's share of the window's mean."""
         terms = []
         for k, m in measured.items():
-            n = expected.get(k)
-            if n is None:
-                share: float | Tensor = 1 / max(m.count, 1) / (ranks if self.gradient_reduction == "sum" else 1)
-            else:
-                n = n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1)
-                share = loss_divisor * (ranks if self.gradient_reduction == "mean" else 1) / n
-            weight = self._committed.view(m.total.device).weights[k]
-            terms.append(m.total * (weight * share).to(m.total))
+            share = self._share(m.count, expected.get(k), loss_divisor)
+            terms.append(m.total * (self._committed.view(m.total.device).weights[k] * share).to(m.total))
         return terms
 
-    def _barrier_terms(self, measured: dict[int, Measured]) -> tuple[list[Tensor], Tensor]:
-        """B(z) of this call's own means, differentiable; without a scale yet, a connected zero."""
-        terms = [m.total * 0 for m in measured.values()]
-        penalty = torch.zeros((), dtype=torch.float64)
-        scale = self._committed.scales.value.clone()
-        for k, m in measured.items():
-            if bool(scale[k].isnan()) and m.row[Column.EXACT] > 0:
-                scale[k] = 1.0
-        rows = [
-            i
-            for i, (k, _) in enumerate(self._committed.bounds.sides)
-            if k in measured and measured[k].count and not bool(scale[k].isnan()) and measured[k].row[Column.COUNT] > 0
-        ]
-        if rows:
-            at = self._committed.bounds.index[rows].tolist()
-            mean = torch.stack([measured[k].total / measured[k].count for k in at])
-            sign, bound, unit = (
-                x.to(mean) for x in (self._committed.bounds.sign[rows], self._committed.bounds.value[rows], scale[at])
-            )
-            full = torch.zeros(len(self._committed.bounds), dtype=mean.dtype, device=mean.device)
-            z = full.index_put((torch.tensor(rows, device=mean.device),), sign * (mean - bound) / unit)
-            mu, s = self._committed.mu.to(full), self._committed.s.to(full)
-            value = self.rule.value(z, mu, s)[rows].sum()
-            terms.append(value)
-            penalty = value.detach()
-        return terms, penalty
+    def _share(self, count: int, expected: int | Tensor | None, loss_divisor: float) -> float | Tensor:
+        """What a sum over ``count`` samples is multiplied by, such that the loop's own division and averaging
+        give the window's mean."""
+        ranks = world_size(self.process_group)
+        if expected is None:
+            return 1 / max(count, 1) / (ranks if self.gradient_reduction == "sum" else 1)
+        n = expected.clamp(min=1) if isinstance(expected, Tensor) else max(expected, 1)
+        return loss_divisor * (ranks if self.gradient_reduction == "mean" else 1) / n
 
     def _check_rows(self, rows: Tensor) -> None:
         names = self._committed.bounds.names
@@ -442,4 +522,4 @@ class BarrierObjective:
 
 
 def _device(measurement: Tensor | Sampled) -> torch.device:
-    return measurement.values.device if isinstance(measurement, Sampled) else measurement.device
+    return measurement.device

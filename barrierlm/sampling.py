@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .estimators import NUM_COLUMNS, NUM_POSITIONS, Column, wide_dtype, window_row
+from .positions import position_bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,51 +27,6 @@ class Measured:
     total: Tensor
     count: int
     row: Tensor
-
-
-def position_bucket(position: Tensor) -> Tensor:
-    """The bucket of a token position: exact below half the buckets, then eight buckets per octave."""
-    half = NUM_POSITIONS // 2
-    octaves = torch.log2(position.clamp(min=half).double() / half)
-    return torch.where(position < half, position, (half + (8 * octaves).long()).clamp(max=NUM_POSITIONS - 1))
-
-
-class PositionBaseline:
-    """Mean reward-to-go at each token position, over committed windows, for per-token costs.
-
-    A baseline that depends on the position alone, and not on the sample it is subtracted from, leaves the
-    gradient unbiased. Positions nobody has reached yet take the value of the last one before them.
-    """
-
-    def __init__(self, num_constraints: int, smoothing: float) -> None:
-        self.smoothing = smoothing
-        self._sums = torch.zeros(num_constraints, 2, NUM_POSITIONS, dtype=torch.float64)
-
-    def update(self, rows: Tensor) -> bool:
-        """Commit a window's reduced rows [K, NUM_COLUMNS]; False if it had no per-token costs."""
-        window = rows[:, Column.POSITIONS :].reshape(-1, 2, NUM_POSITIONS)
-        measured = window[:, 1].sum(-1) > 0
-        if not bool(measured.any()):
-            return False
-        moved = (1 - self.smoothing) * self._sums + self.smoothing * window
-        self._sums = torch.where(measured[:, None, None], moved, self._sums)
-        return True
-
-    def table(self) -> Tensor:
-        """Baselines [K, NUM_POSITIONS]; 0 where nothing has been seen."""
-        total, count = self._sums[:, 0], self._sums[:, 1]
-        seen = count > 1e-12
-        places = torch.arange(NUM_POSITIONS).expand_as(count)
-        last = torch.where(seen, places, 0).cummax(-1).values
-        return torch.where(seen, total / count.clamp(min=1e-12), 0.0).gather(-1, last)
-
-    def state_dict(self) -> Tensor:
-        """A deep copy of the sums."""
-        return self._sums.clone()
-
-    def load_state_dict(self, state: Tensor) -> None:
-        """Restore what `state_dict` gave."""
-        self._sums = state.detach().cpu().double().clone()
 
 
 def _check_float(argument: str, value: Any, *, dims: int = 1) -> Tensor:
@@ -103,6 +59,8 @@ class Sampled:
         values: Costs [B], floating, no gradient, in the constraint's unit.
         logps: Log-probabilities [B] of the whole responses under the policy, in nats, with gradient. Never
             divided by the length. They must be those of the distribution that was sampled from.
+            `BarrierObjective.linear` makes them itself: there they are left out, or numbers without gradient
+            that save it a forward-only pass where ``old_logps`` is given.
         groups: Prompt ids [B], integer; each group whole within the micro-batch and of at least 2 responses.
         old_logps: Log-probabilities [B] under the policy that sampled, for off-policy responses. Samples
             then count with the importance ratio :math:`r = p / p_\text{old}`, in estimate and gradient.
@@ -124,13 +82,12 @@ class Sampled:
     def __init__(
         self,
         values: Tensor,
-        logps: Tensor,
+        logps: Tensor | None = None,
         groups: Tensor | None = None,
         *,
         old_logps: Tensor | None = None,
         clip: float | None = None,
     ) -> None:
-        self.cu_seqlens: Tensor | None = None
         self._set(values, logps, groups, old_logps, clip, argument="values")
         self._check_groups(values.shape[0], alone=False)
 
@@ -138,8 +95,8 @@ class Sampled:
     def per_token(
         cls,
         costs: Tensor,
-        logps: Tensor,
-        cu_seqlens: Tensor,
+        logps: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         *,
         groups: Tensor | None = None,
         old_logps: Tensor | None = None,
@@ -155,8 +112,9 @@ class Sampled:
 
         Args:
             costs: Costs [T] of the packed response tokens, floating, no gradient.
-            logps: Token log-probabilities [T] in nats, with gradient.
-            cu_seqlens: Offsets [B+1], integer: response i is ``costs[cu_seqlens[i]:cu_seqlens[i+1]]``.
+            logps: Token log-probabilities [T] in nats, with gradient; for `BarrierObjective.linear` as in `Sampled`.
+            cu_seqlens: Offsets [B+1], integer: response i is ``costs[cu_seqlens[i]:cu_seqlens[i+1]]``. Left out
+                for `BarrierObjective.linear`, which has them from its batch.
             groups: Prompt ids [B]; here they only make the standard error right, which is taken over groups.
             old_logps: Token log-probabilities [T] under the policy that sampled.
             clip: Truncates each response's importance ratio at ``1 + clip``. Needs ``old_logps``.
@@ -175,60 +133,131 @@ class Sampled:
 
         Source: Sutton et al. 1999 (policy gradient theorem).
         """
+        return cls._of_tokens(costs, None, logps, cu_seqlens, groups, old_logps, clip)
+
+    @classmethod
+    def reference_kl(
+        cls,
+        ref_logps: Tensor,
+        logps: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        groups: Tensor | None = None,
+        old_logps: Tensor | None = None,
+        clip: float | None = None,
+    ) -> Sampled:
+        r"""The KL to a reference model: `per_token` with the costs log p - log ref, detached.
+
+        .. math:: \operatorname{KL}(p \,\|\, \text{ref}) = \mathbb{E}_{y \sim p} \Big[\sum_t \log p(y_t) -
+                  \log \text{ref}(y_t)\Big]
+
+        Its gradient is that of the score function alone: the expectation of the cost's own gradient is 0.
+
+        Args:
+            ref_logps: Token log-probabilities [T] under the reference, in nats, no gradient; 0 where a token
+                does not count.
+            logps: Token log-probabilities [T] under the policy: with gradient for `combine`. For
+                `BarrierObjective.linear` numbers (those that the rollout recorded, where it sampled from this
+                very policy), or left out: it then computes them in a forward-only pass.
+            cu_seqlens: See `per_token`.
+            groups: See `per_token`.
+            old_logps: See `per_token`; only for responses that another policy sampled.
+            clip: See `per_token`.
+
+        Returns:
+            A measurement of B samples in nats, each the sum of a response's costs.
+
+        Raises:
+            TypeError, ValueError: As for `per_token`.
+
+        Example:
+            >>> logps, ref_logps = torch.randn(5, requires_grad=True), torch.randn(5)
+            >>> Sampled.reference_kl(ref_logps, logps, torch.tensor([0, 2, 5]))
+            Sampled(2 responses, 5 tokens)
+
+        Source: Schulman 2020, "Approximating KL divergence" (k1); its gradient in ARCHITECTURE.md.
+        """
+        _check_float("ref_logps", ref_logps)
+        if ref_logps.requires_grad:
+            raise ValueError("ref_logps requires grad; allowed: the numbers of a reference that is not trained")
+        costs = None
+        if logps is not None:
+            _check_float("logps", logps)
+            _check_like("logps", logps, tuple(ref_logps.shape), "the shape of ref_logps")
+            costs = logps.detach().to(torch.promote_types(logps.dtype, torch.float32)) - ref_logps
+        return cls._of_tokens(costs, ref_logps, logps, cu_seqlens, groups, old_logps, clip)
+
+    @classmethod
+    def _of_tokens(
+        cls,
+        costs: Tensor | None,
+        ref_logps: Tensor | None,
+        logps: Tensor | None,
+        cu_seqlens: Tensor | None,
+        groups: Tensor | None,
+        old_logps: Tensor | None,
+        clip: float | None,
+    ) -> Sampled:
         self = cls.__new__(cls)
+        argument = "costs" if ref_logps is None else "ref_logps"
+        self._set(costs, logps, groups, old_logps, clip, argument=argument, ref_logps=ref_logps, per_token=True)
+        if cu_seqlens is None:
+            return self
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_floating_point():
             raise TypeError("cu_seqlens must be an integer torch.Tensor")
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
             raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; allowed: [B+1]")
         self.cu_seqlens = cu_seqlens
-        self._set(costs, logps, groups, old_logps, clip, argument="costs")
         if cu_seqlens.device.type == "cpu":  # elsewhere looking at the numbers would stall the device
             ends = [0, *cu_seqlens.tolist()]
             if any(a > b for a, b in pairwise(ends)) or ends[1] != 0:
                 raise ValueError("cu_seqlens decreases or does not start at 0; allowed: 0 = first <= ... <= last")
-            if ends[-1] != costs.shape[0]:
-                raise ValueError(f"cu_seqlens ends at {ends[-1]}; allowed: the number of costs, {costs.shape[0]}")
+            if ends[-1] != self.size:
+                raise ValueError(f"cu_seqlens ends at {ends[-1]}; allowed: the number of {argument}, {self.size}")
         self._check_groups(cu_seqlens.shape[0] - 1, alone=True)
         return self
 
     def _set(
         self,
-        values: Tensor,
-        logps: Tensor,
+        values: Tensor | None,
+        logps: Tensor | None,
         groups: Tensor | None,
         old_logps: Tensor | None,
         clip: float | None,
+        *,
         argument: str,
+        ref_logps: Tensor | None = None,
+        per_token: bool = False,
     ) -> None:
-        _check_float(argument, values)
-        _check_float("logps", logps)
-        shape = tuple(values.shape)
-        _check_like("logps", logps, shape, f"the shape of {argument}")
-        if values.requires_grad:
+        given = _check_float(argument, values if ref_logps is None else ref_logps)
+        if given.requires_grad:
             raise ValueError(
                 f"{argument} requires grad; allowed: detached costs (a differentiable value is given as a plain "
                 "tensor, not as Sampled)"
             )
-        if old_logps is not None:
-            _check_float("old_logps", old_logps)
-            _check_like("old_logps", old_logps, shape, "the shape of logps")
+        for other, tensor in (("logps", logps), ("old_logps", old_logps)):
+            if tensor is not None:
+                _check_float(other, tensor)
+                _check_like(other, tensor, tuple(given.shape), f"the shape of {argument}")
         if clip is not None and (old_logps is None or not clip >= 0):
             raise ValueError(
                 f"clip={clip!r}, old_logps {'given' if old_logps is not None else 'missing'}; "
                 "allowed: clip >= 0 together with old_logps"
             )
         for other, tensor in (("logps", logps), ("groups", groups), ("old_logps", old_logps)):
-            if isinstance(tensor, Tensor) and tensor.device != values.device:
-                raise ValueError(f"{other} is on {tensor.device}, {argument} on {values.device}; allowed: one device")
+            if isinstance(tensor, Tensor) and tensor.device != given.device:
+                raise ValueError(f"{other} is on {tensor.device}, {argument} on {given.device}; allowed: one device")
+        if groups is not None and (not isinstance(groups, Tensor) or groups.is_floating_point()):
+            raise TypeError("groups must be an integer torch.Tensor of prompt ids")
         self.values, self.logps, self.groups = values, logps, groups
         self.old_logps, self.clip = old_logps, clip
+        self.ref_logps, self.credited_per_token = ref_logps, per_token
+        self.cu_seqlens: Tensor | None = None
 
     def _check_groups(self, size: int, *, alone: bool) -> None:
         g = self.groups
         if g is None:
             return
-        if not isinstance(g, Tensor) or g.is_floating_point():
-            raise TypeError("groups must be an integer torch.Tensor of prompt ids")
         _check_like("groups", g, (size,), "one prompt id per response")
         if not alone and g.device.type == "cpu":
             ids, counts = torch.unique(g, return_counts=True)
@@ -238,12 +267,37 @@ class Sampled:
                     "(leave groups out to use the committed mean as baseline)"
                 )
 
+    @property
+    def size(self) -> int:
+        """Number of costs: B, or T for costs per token."""
+        given = self.values if self.ref_logps is None else self.ref_logps
+        assert given is not None
+        return given.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the costs are."""
+        given = self.values if self.ref_logps is None else self.ref_logps
+        assert given is not None
+        return given.device
+
+    @property
+    def needs_logps(self) -> bool:
+        """Whether costs or importance ratios cannot be told without log-probabilities that are not here."""
+        return self.logps is None and (self.values is None or self.old_logps is not None)
+
     def __len__(self) -> int:
-        return self.values.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        if not self.credited_per_token:
+            return self.size
+        if self.cu_seqlens is None:
+            raise TypeError("cu_seqlens was left out, so only the batch knows how many responses there are")
+        return self.cu_seqlens.shape[0] - 1
 
     def __repr__(self) -> str:
-        tokens = "" if self.cu_seqlens is None else f", {self.values.shape[0]} tokens"
-        return f"Sampled({len(self)} responses{tokens})"
+        tokens = f"{self.size} tokens"
+        if self.credited_per_token and self.cu_seqlens is None:
+            return f"Sampled({tokens})"
+        return f"Sampled({len(self)} responses{', ' + tokens if self.credited_per_token else ''})"
 
     def measure(self, center: Tensor, positions: Tensor) -> Measured:
         """The micro-batch's differentiable total and its row of sums.
@@ -252,9 +306,11 @@ class Sampled:
             center: Committed mean, 0-d, on the device of the values.
             positions: Committed baselines by position bucket [NUM_POSITIONS], likewise.
         """
+        assert self.values is not None
         wide = wide_dtype(self.values.device)
         values, old_logps = self.values.to(wide), self.old_logps
-        logps = self.logps.to(torch.promote_types(self.logps.dtype, torch.float32))
+        logps = torch.zeros_like(values) if self.logps is None else self.logps
+        logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
         finite = torch.isfinite(values) & torch.isfinite(logps.detach())
         if old_logps is not None:
             finite = finite & torch.isfinite(old_logps)
@@ -265,13 +321,14 @@ class Sampled:
         seq: Tensor | None = None
         # 1 where two responses answer one prompt [B, B]: a comparison needs no host sync, unlike torch.unique.
         same = None if self.groups is None else (self.groups[:, None] == self.groups[None, :]).to(wide)
-        if self.cu_seqlens is None:
+        if not self.credited_per_token:
             cost, advantage = values, values - center
             if same is not None:
                 others = same.sum(1) - 1
                 row[Column.BAD_GROUPS] = (others < 1).sum()
                 advantage = values - ((same * values).sum(1) - values) / others.clamp(min=1)
         else:
+            assert self.cu_seqlens is not None
             cu = self.cu_seqlens.to(values.device, torch.long)
             place = torch.arange(values.shape[0], device=values.device)
             seq = torch.searchsorted(cu[1:].contiguous(), place, right=True)

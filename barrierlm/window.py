@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .distributed import sum_over_ranks
 from .estimators import NUM_COLUMNS, wide_dtype
-from .sampling import Measured
 
 
 class Window:
@@ -25,13 +24,13 @@ class Window:
         #: The numbers of samples that the user announced, by constraint.
         self.expected: dict[int, int | Tensor] = {}
 
-    def add(self, measured: dict[int, Measured], expected: dict[int, int | Tensor]) -> None:
-        """One call's measurements, by constraint."""
-        for k, m in measured.items():
+    def add(self, rows: dict[int, Tensor], expected: dict[int, int | Tensor]) -> None:
+        """One call's rows [NUM_COLUMNS], by constraint."""
+        for k, row in rows.items():
             if self._rows is None:
                 shape = (self.num_constraints, NUM_COLUMNS)
-                self._rows = torch.zeros(shape, dtype=wide_dtype(m.row.device), device=m.row.device)
-            self._rows[k] += m.row.to(self._rows)
+                self._rows = torch.zeros(shape, dtype=wide_dtype(row.device), device=row.device)
+            self._rows[k] += row.to(self._rows)
         self.expected |= expected
         self.calls += 1
 

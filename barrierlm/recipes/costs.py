@@ -31,47 +31,28 @@ class Cost(ABC):
     """What one constraint measures on sampled responses."""
 
     @abstractmethod
-    def measure(self, rollouts: Sequence[Rollout], logps: Tensor, sequences: Sequences, policy: Policy) -> Measure:
-        """Costs of the responses, given their token log-probabilities ``logps`` [T] (detached)."""
-
-
-class Measure:
-    """Costs of B responses: one number each, or one per token."""
-
-    def __init__(self, costs: Tensor, cu_seqlens: Tensor | None = None) -> None:
-        self.costs, self.cu_seqlens = costs, cu_seqlens
-
-    def per_response(self) -> Tensor:
-        """[B], fp64."""
-        costs = self.costs.double()
-        return costs if self.cu_seqlens is None else segment_sum(costs, self.cu_seqlens)
-
-    def sampled(self, logps: Tensor, cu_seqlens: Tensor, groups: Tensor | None) -> Sampled:
-        """The measurement for the objective, with gradient through the token log-probabilities [T]."""
-        if self.cu_seqlens is not None:
-            return Sampled.per_token(self.costs, logps, self.cu_seqlens, groups=groups)
-        return Sampled(self.costs, segment_sum(logps, cu_seqlens), groups=groups)
-
-
-def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums [B] over the tokens of each sequence; differentiable."""
-    lengths = cu_seqlens.diff().long()
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
-    return values.new_zeros(len(lengths)).index_add(0, owner, values)
+    def measure(
+        self, rollouts: Sequence[Rollout], sequences: Sequences, policy: Policy, groups: Tensor | None = None
+    ) -> Sampled:
+        """Costs of the responses, laid out as ``sequences``, for `BarrierObjective.linear`: no log-probabilities."""
 
 
 class LengthCost(Cost):
     """Tokens of the response, its end of turn included; one per token."""
 
-    def measure(self, rollouts: Sequence[Rollout], logps: Tensor, sequences: Sequences, policy: Policy) -> Measure:
-        return Measure(torch.ones_like(logps), sequences.cu_seqlens)
+    def measure(
+        self, rollouts: Sequence[Rollout], sequences: Sequences, policy: Policy, groups: Tensor | None = None
+    ) -> Sampled:
+        return Sampled.per_token(torch.ones_like(sequences.targets, dtype=torch.float32), groups=groups)
 
 
 class KLCost(Cost):
     """log p - log p_start of every token; its mean over responses is the KL to the starting model, in nats."""
 
-    def measure(self, rollouts: Sequence[Rollout], logps: Tensor, sequences: Sequences, policy: Policy) -> Measure:
-        return Measure(logps - policy.reference(sequences), sequences.cu_seqlens)
+    def measure(
+        self, rollouts: Sequence[Rollout], sequences: Sequences, policy: Policy, groups: Tensor | None = None
+    ) -> Sampled:
+        return Sampled.reference_kl(policy.reference(sequences), groups=groups)
 
 
 class FunctionCost(Cost):
@@ -89,8 +70,10 @@ class FunctionCost(Cost):
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._names = {p.name for p in parameters}
 
-    def measure(self, rollouts: Sequence[Rollout], logps: Tensor, sequences: Sequences, policy: Policy) -> Measure:
-        return Measure(torch.tensor(self(rollouts), dtype=torch.float32, device=logps.device))
+    def measure(
+        self, rollouts: Sequence[Rollout], sequences: Sequences, policy: Policy, groups: Tensor | None = None
+    ) -> Sampled:
+        return Sampled(torch.tensor(self(rollouts), dtype=torch.float32, device=policy.device), groups=groups)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Call the function and check what it returns.
@@ -268,19 +251,32 @@ def load_costs(constraints: Mapping[str, ConstraintOptions], *, device: torch.de
 
 
 def measure_rollouts(
-    costs: Mapping[str, Cost], policy: Policy, rollouts: Sequence[Rollout], logps: Tensor
-) -> tuple[dict[str, Measure], Tensor]:
-    """Every cost of the responses, and the offsets [B+1] of their tokens.
+    costs: Mapping[str, Cost], policy: Policy, rollouts: Sequence[Rollout], groups: Tensor | None = None
+) -> tuple[dict[str, Sampled], Sequences]:
+    """Every cost of the responses, and the responses laid out.
 
     Args:
         costs: By constraint name.
         policy: The model that the responses are from.
         rollouts: B responses.
-        logps: Their token log-probabilities [T], one response after the other.
+        groups: The prompt that each answers [B]; None: each its own.
     """
     sequences = lay_out(
-        [r.prompt.prompt_ids for r in rollouts], [r.ids for r in rollouts], packed=policy.packed, device=logps.device
+        [r.prompt.prompt_ids for r in rollouts], [r.ids for r in rollouts], packed=policy.packed, device=policy.device
     )
-    detached = logps.detach()
-    measures = {name: cost.measure(rollouts, detached, sequences, policy) for name, cost in costs.items()}
-    return measures, sequences.cu_seqlens
+    return {name: cost.measure(rollouts, sequences, policy, groups) for name, cost in costs.items()}, sequences
+
+
+def per_response(measurement: Sampled, sequences: Sequences, logps: Tensor | None = None) -> Tensor:
+    """Costs [B] of whole responses, fp64; ``logps`` [N] of their tokens where a KL ``needs_logps``."""
+    costs = measurement.values
+    if costs is None:
+        assert logps is not None
+        assert measurement.ref_logps is not None
+        costs = logps - measurement.ref_logps
+    costs = costs.double()
+    if not measurement.credited_per_token:
+        return costs
+    lengths = sequences.cu_seqlens.diff().long()
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=costs.device), lengths)
+    return costs.new_zeros(len(lengths)).index_add(0, owner, costs)

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 
-from .costs import measure_rollouts
+from .costs import measure_rollouts, per_response
 from .model import lay_out
 from .rollout import Rollout
 from .workspace import Workspace
@@ -87,15 +87,17 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
         torch.manual_seed(_SAMPLING_SEED + rank)
         for start in range(0, len(pairs), size):
             batch = pairs[start : start + size]
-            logps = _logps(workspace, [(t.prompt_ids, t.response_ids) for t in batch])
+            prompt_ids, response_ids = [t.prompt_ids for t in batch], [t.response_ids for t in batch]
+            logps = policy(lay_out(prompt_ids, response_ids, packed=policy.packed, device=policy.device))
             nll, tokens = nll - float(logps.double().sum()), tokens + len(logps)
         for start in range(0, len(prompts), size):
             sampled = workspace.sample(prompts[start : start + size])
             rollouts += sampled
-            logps = _logps(workspace, [(r.prompt.prompt_ids, r.ids) for r in sampled])
-            measures, _ = measure_rollouts(workspace.costs, policy, sampled, logps)
-            for name, measure in measures.items():
-                values[name] += measure.per_response().tolist()
+            measurements, sequences = measure_rollouts(workspace.costs, policy, sampled)
+            needed = any(m.needs_logps for m in measurements.values())
+            logps = policy(sequences) if needed else None
+            for name, measurement in measurements.items():
+                values[name] += per_response(measurement, sequences, logps).tolist()
     policy.lm.train(was_training)
     shown = [(r.prompt.pair.prompt, r.text) for r in rollouts]
     parts = gather_object([(nll, tokens, values, [(len(r.ids), r.censored) for r in rollouts], shown)])
@@ -113,13 +115,6 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
         mean_tokens=sum(length for length, _ in lengths) / len(lengths),
         censored=share,
     )
-
-
-def _logps(workspace: Workspace, sequences: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    policy = workspace.policy
-    laid_out = lay_out([p for p, _ in sequences], [r for _, r in sequences], packed=policy.packed, device=policy.device)
-    logps: torch.Tensor = policy(laid_out)
-    return logps
 
 
 def _result(values: list[float], lower: float | None, upper: float | None, censored: float) -> ConstraintResult:

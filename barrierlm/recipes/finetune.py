@@ -8,32 +8,22 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from barrierlm import BarrierObjective
+from barrierlm import BarrierObjective, Sampled
 
 from .checkpoint import Checkpoints
 from .config import to_yaml
 from .costs import measure_rollouts
-from .data import DataOrder, Tokens
 from .evaluate import Evaluation, evaluate, print_evaluations, write_summary
 from .figure import draw_figure
-from .model import lay_out, save_model
+from .microbatch import collect, one_pass, rollout_metrics, window_counts
+from .model import save_model
 from .options import OptimOptions, Options
 from .progress import MetricsFile, ProgressBar
-from .rollout import Rollout
 from .workspace import Workspace, build_objective, open_workspace
-
-
-class MicroBatch(NamedTuple):
-    """Pairs to imitate, responses to measure, and the prompt that each response answers [B]."""
-
-    pairs: list[Tokens]
-    rollouts: list[Rollout]
-    groups: Tensor
 
 
 def finetune(options: Options) -> Evaluation:
@@ -114,89 +104,45 @@ def train_step(
     with clock("generation"):
         window = [collect(workspace, step * repeats + k, sampled=objective is not None) for k in range(repeats)]
     tokens, samples = window_counts(window, accelerator)
-    nll = total = 0.0
+    task = total = 0.0
     grad_norm = torch.zeros(())
     for batch in window:
         with accelerator.accumulate(model):
-            with clock("forward"):
-                nll_sum, logps = forward(workspace, model, batch)
-                # The window's token mean, whatever backward and the ranks divide by.
-                loss = nll_sum * (repeats * accelerator.num_processes / tokens)
+            measurements: dict[str, Sampled] = {}
             if objective is not None:
-                with clock("costs"):
-                    measures, cu_seqlens = measure_rollouts(workspace.costs, workspace.policy, batch.rollouts, logps)
                 groups = batch.groups if workspace.options.rollout.responses_per_prompt > 1 else None
-                loss = objective.combine(
-                    loss,
-                    {name: m.sampled(logps, cu_seqlens, groups) for name, m in measures.items()},
-                    num_samples_in_window=dict.fromkeys(measures, samples),
+                with clock("costs"):
+                    measurements, _ = measure_rollouts(workspace.costs, workspace.policy, batch.rollouts, groups)
+            with clock("forward"):
+                loss, task_loss = one_pass(
+                    model,
+                    batch,
+                    objective,
+                    measurements,
+                    packed=workspace.policy.packed,
+                    # The window's token mean, whatever backward and the ranks divide by.
+                    task_weight=repeats * accelerator.num_processes / tokens,
+                    num_samples_in_window=dict.fromkeys(measurements, samples),
                     loss_divisor=repeats,
-                ).loss
+                )
             with clock("backward"):
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(workspace.policy.trained(), optim.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            nll, total = nll + float(nll_sum.detach()), total + float(loss.detach()) / repeats
+            task, total = task + float(task_loss) / repeats, total + float(loss.detach()) / repeats
     metrics = {}
     if objective is not None:
         objective.step()
         metrics = objective.metrics() | rollout_metrics(window, accelerator)
-    sums = accelerator.reduce(torch.tensor([nll, total], device=accelerator.device), "sum").tolist()
+    sums = accelerator.reduce(torch.tensor([task, total], device=accelerator.device), "sum").tolist()
     metrics |= {
-        "loss/task": sums[0] / tokens,
+        "loss/task": sums[0] / accelerator.num_processes,
         "loss/total": sums[1] / accelerator.num_processes,
         "grad_norm": float(grad_norm),
     }
     return metrics | {f"seconds/{name}": seconds for name, seconds in clock.seconds.items()}
-
-
-def collect(workspace: Workspace, micro_batch: int, *, sampled: bool) -> MicroBatch:
-    """This process's pairs of a micro-batch, and responses to prompts drawn independently of them."""
-    options, accelerator = workspace.options, workspace.accelerator
-    ranks = (accelerator.process_index, accelerator.num_processes)
-    order = DataOrder(len(workspace.train), 2 * options.seed, options.optim.batch_size, *ranks)
-    pairs = [workspace.train[i] for i in order[micro_batch]]
-    if not sampled:
-        return MicroBatch(pairs, [], torch.zeros(0, dtype=torch.long))
-    prompts, repeats = options.rollout.prompts, options.rollout.responses_per_prompt
-    order = DataOrder(len(workspace.train), 2 * options.seed + 1, prompts, *ranks)
-    rollouts = workspace.sample([workspace.train[i] for i in order[micro_batch] for _ in range(repeats)])
-    groups = torch.arange(prompts, device=accelerator.device).repeat_interleave(repeats)
-    return MicroBatch(pairs, rollouts, groups)
-
-
-def forward(workspace: Workspace, model: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Summed NLL of the pairs' responses, and token log-probabilities [T] of the rollouts, in one pass."""
-    sequences = lay_out(
-        [t.prompt_ids for t in batch.pairs] + [r.prompt.prompt_ids for r in batch.rollouts],
-        [t.response_ids for t in batch.pairs] + [r.ids for r in batch.rollouts],
-        packed=workspace.policy.packed,
-        device=workspace.accelerator.device,
-    )
-    logps = model(sequences)
-    imitated = sum(len(t.response_ids) for t in batch.pairs)
-    return -logps[:imitated].sum(), logps[imitated:]
-
-
-def window_counts(window: list[MicroBatch], accelerator: Any) -> tuple[int, int]:
-    """Response tokens of the pairs, and sampled responses, over all micro-batches and processes."""
-    tokens = sum(len(pair.response_ids) for batch in window for pair in batch.pairs)
-    samples = sum(len(batch.rollouts) for batch in window)
-    counts = accelerator.reduce(torch.tensor([tokens, samples], device=accelerator.device), "sum").tolist()
-    return counts[0], counts[1]
-
-
-def rollout_metrics(window: list[MicroBatch], accelerator: Any) -> dict[str, float]:
-    """Mean length and censored share of the window's responses, over all processes."""
-    rollouts = [r for batch in window for r in batch.rollouts]
-    sums = torch.tensor(
-        [len(rollouts), sum(len(r.ids) for r in rollouts), sum(r.censored for r in rollouts)],
-        device=accelerator.device,
-    )
-    count, tokens, censored = accelerator.reduce(sums, "sum").tolist()
-    return {"rollout/mean_tokens": tokens / count, "rollout/censored": censored / count}
 
 
 def learning_rate(step: int, optim: OptimOptions) -> float:

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,9 @@ PACKAGED = "smollm2-135m-instruct"
 #: Attributes of a model's configuration that change its logits after the head: divisor, factor, softcap.
 _LOGIT_DIVISOR, _LOGIT_FACTOR, _LOGIT_SOFTCAP = "logits_scaling", "logit_scale", "final_logit_softcapping"
 _ROW_TOKENS = 160
+
+#: What is done with hidden states and head: `Policy.forward`.
+HeadPass = Callable[..., Any]
 
 
 class Sequences(NamedTuple):
@@ -91,7 +94,7 @@ def lay_out(
 class Policy(nn.Module):
     """A causal language model as a distribution over responses.
 
-    `forward` gives token log-probabilities: hidden states of the decoder, and the head on response tokens only.
+    `forward` runs the decoder, and the head on response tokens only: for their log-probabilities, or as it is told.
 
     Args:
         lm: A Hugging Face causal language model, with or without peft adapters.
@@ -144,21 +147,22 @@ class Policy(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def forward(self, sequences: Sequences) -> Tensor:
-        """Log-probability [N] of every response token, fp32, in nats."""
+    def forward(self, sequences: Sequences, head: HeadPass | None = None) -> Any:
+        """Log-probability [N] of every response token, fp32, in nats; or what ``head`` makes of the hidden states.
+
+        ``head(hidden [N, H], weight [V, H], bias=..., temperature=..., softcap=...)`` runs in here because a wrapper
+        such as DDP must see every use of a weight, the head's included.
+        """
         with self.autocast():
             decoder = self._base[0].get_decoder()
             output = decoder(input_ids=sequences.input_ids, position_ids=sequences.position_ids, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[sequences.rows]
-            head: Any = self.head
+            layer: Any = self.head
+            options = {"bias": layer.bias, **self._logit_options}
+            if head is not None:
+                return head(hidden, layer.weight, **options)
             result = linear_sequence_logprob(
-                hidden,
-                head.weight,
-                sequences.targets,
-                sequences.cu_seqlens,
-                bias=head.bias,
-                return_token_logps=True,
-                **self._logit_options,
+                hidden, layer.weight, sequences.targets, sequences.cu_seqlens, return_token_logps=True, **options
             )
         assert result.token_logps is not None
         return result.token_logps.float()
@@ -167,7 +171,8 @@ class Policy(nn.Module):
     def reference(self, sequences: Sequences) -> Tensor:
         """The same under the starting model: adapters switched off, no second model."""
         with self.lm.disable_adapter():
-            return self(sequences)
+            logps: Tensor = self(sequences)
+        return logps
 
     @contextmanager
     def sampling(self) -> Iterator[Any]:

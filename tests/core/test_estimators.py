@@ -38,7 +38,11 @@ def close(objective, mean, stderr):
     assert metrics["constraints/c/stderr"] ** 2 == pytest.approx(stderr**2, rel=1e-9, abs=1e-12, nan_ok=True)
 
 
-@given(windows=st.lists(window, min_size=1, max_size=6), smoothing=st.floats(0.05, 1.0), data=st.data())
+#: Just below 1 the spread between windows is a ratio of rounding errors, in the twin as well.
+smoothings = st.floats(0.05, 0.99) | st.just(1.0)
+
+
+@given(windows=st.lists(window, min_size=1, max_size=6), smoothing=smoothings, data=st.data())
 def test_any_split_gives_the_twins_estimate(windows, smoothing, data):
     splits = [sorted(data.draw(st.lists(st.integers(0, len(w)), max_size=3))) for w in windows]
     close(run(windows, EMA(smoothing), splits), *oracle.ema(windows, smoothing))
@@ -55,7 +59,7 @@ def test_permuting_samples_changes_nothing(samples, seed):
 @given(
     sizes=st.lists(st.integers(2, 5), min_size=1, max_size=4),
     num_windows=st.integers(1, 3),
-    smoothing=st.floats(0.1, 1.0),
+    smoothing=smoothings,
     seed=st.integers(0, 999),
 )
 def test_groups_are_the_unit_of_the_standard_error(sizes, num_windows, smoothing, seed):

@@ -7,7 +7,8 @@ import torch
 
 from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier, Sampled
 from barrierlm.estimators import NUM_POSITIONS, Column
-from barrierlm.sampling import PositionBaseline, measure_value, position_bucket
+from barrierlm.positions import PositionBaseline, position_bucket
+from barrierlm.sampling import measure_value
 
 F64 = torch.float64
 VOCAB, LENGTH, END = 3, 3, 0  # tokens 1 and 2 go on, 0 ends a response; responses of at most 3 tokens
@@ -189,6 +190,14 @@ def test_low_precision_logps_are_summed_in_fp32():
     assert measured.total.item() == 4096
     measured.total.backward()
     assert logps.grad.dtype == torch.bfloat16
+
+
+def test_a_kl_in_low_precision_is_subtracted_in_fp32():
+    logps, ref_logps = (torch.tensor([x], dtype=torch.bfloat16) for x in (-100.5, -3.015625))
+    kl = Sampled.reference_kl(ref_logps, logps.requires_grad_(), torch.tensor([0, 1]))
+    assert kl.values.dtype == torch.float32
+    assert kl.values.item() == -97.484375  # -97.5 in bf16
+    assert not kl.values.requires_grad
 
 
 def test_empty_micro_batch_is_a_connected_zero():

@@ -10,6 +10,7 @@ from barrierlm import (
     BarrierObjective,
     BatchMean,
     Constraint,
+    PackedBatch,
     RelaxedLogBarrier,
     Sampled,
 )
@@ -127,6 +128,36 @@ def test_a_call_copies_nothing_from_the_device():
         )
         out.loss.backward()
     assert out.loss.device.type == "meta"
+
+
+@pytest.mark.parametrize("known", [None, 4])
+def test_a_call_of_linear_copies_nothing_from_the_device(known):
+    """The same for the one pass, with and without the number of sampled rows beforehand."""
+    objective = BarrierObjective(None, [Constraint(name, upper=1.0) for name in "abcdef"])
+    hidden = torch.zeros(6, 8, device="meta", requires_grad=True)
+    head = torch.zeros(16, 8, device="meta", requires_grad=True)
+    targets = torch.zeros(6, dtype=torch.long, device="meta")
+    cu_seqlens = torch.zeros(4, dtype=torch.int32, device="meta")
+    batch = PackedBatch(targets, cu_seqlens, torch.zeros(3, device="meta"), num_sampled=2, num_sampled_tokens=known)
+    costs, tokens = torch.zeros(2, device="meta"), torch.zeros(4, device="meta")
+    groups = torch.zeros(2, dtype=torch.long, device="meta")
+    whole = {
+        "a": Sampled(costs, groups=groups, old_logps=costs, clip=0.2),
+        "b": Sampled(costs),
+        "c": hidden.sum(1),
+    }
+    by_token = {
+        "d": Sampled.per_token(tokens, groups=groups),
+        "e": Sampled.reference_kl(tokens),
+        "f": Sampled.per_token(tokens, old_logps=tokens),
+    }
+    for measurements in (whole, whole | by_token):
+        out = objective.linear(
+            hidden, head, batch, measurements, bias=head[:, 0], num_samples_in_window={"a": 12, "b": torch.tensor(3)}
+        )
+        out.loss.backward()
+    assert out.loss.device.type == "meta"
+    assert hidden.grad.shape == hidden.shape
 
 
 def test_discard_window():

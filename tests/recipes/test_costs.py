@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from barrierlm.recipes.config import ConfigError
-from barrierlm.recipes.costs import FunctionCost, imported_costs, load_costs, measure_rollouts
+from barrierlm.recipes.costs import FunctionCost, imported_costs, load_costs, measure_rollouts, per_response
 from barrierlm.recipes.data import Pair, Tokens
 from barrierlm.recipes.model import lay_out
 from barrierlm.recipes.options import ConstraintOptions
@@ -27,16 +27,17 @@ def cost(what: str, **kwargs: object):
 
 
 def measured(what: str, policy) -> torch.Tensor:
-    logps = policy(lay_out([[2, 7, 3]] * 2, [r.ids for r in ROLLOUTS]))
-    measures, cu_seqlens = measure_rollouts({"c": cost(what)}, policy, ROLLOUTS, logps)
-    assert cu_seqlens.tolist() == [0, 3, 5]
-    sampled = measures["c"].sampled(logps, cu_seqlens, None)
-    assert len(sampled) == 2
-    return measures["c"].per_response()
+    measurements, sequences = measure_rollouts({"c": cost(what)}, policy, ROLLOUTS, groups=torch.tensor([3, 3]))
+    assert sequences.cu_seqlens.tolist() == [0, 3, 5]
+    assert measurements["c"].groups.tolist() == [3, 3]
+    assert measurements["c"].logps is None
+    return per_response(measurements["c"], sequences, policy(sequences))
 
 
 def test_length_counts_tokens_and_is_credited_per_token(policy_and_tokenizer):
-    assert measured("length", policy_and_tokenizer[0]).tolist() == [3, 2]
+    policy, _ = policy_and_tokenizer
+    assert measured("length", policy).tolist() == [3, 2]
+    assert measure_rollouts({"c": cost("length")}, policy, ROLLOUTS)[0]["c"].credited_per_token
 
 
 def test_sentiment_and_profanity(policy_and_tokenizer):
@@ -50,7 +51,7 @@ def test_sentiment_and_profanity(policy_and_tokenizer):
 
 def test_kl_is_zero_at_the_start_and_per_token_after(policy_and_tokenizer):
     policy, _ = policy_and_tokenizer
-    torch.testing.assert_close(measured("kl", policy), torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(measured("kl", policy).detach(), torch.zeros(2, dtype=torch.float64))
     with torch.no_grad():
         for p in policy.trained():
             p.add_(0.05)
@@ -58,7 +59,7 @@ def test_kl_is_zero_at_the_start_and_per_token_after(policy_and_tokenizer):
     gap = (policy(sequences) - policy.reference(sequences)).detach()
     expected = torch.stack([gap[:3].sum(), gap[3:].sum()]).double()
     assert expected.abs().min() > 0
-    torch.testing.assert_close(measured("kl", policy), expected)
+    torch.testing.assert_close(measured("kl", policy).detach(), expected)
 
 
 def test_a_function_in_a_file(tmp_path: Path):

@@ -307,9 +307,14 @@ def test_constraints_under_accumulation_are_one_large_window(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path):
-    """Two gloo processes with half the batch each see the same pairs; rollouts differ, so only the task is compared."""
+@pytest.mark.parametrize("lora_rank", [2, 0])
+def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path, lora_rank: int):
+    """Two gloo processes with half the batch each see the same pairs; rollouts differ, so only the task is compared.
+
+    With every weight trained the head's gradient, made inside the model's forward, must be averaged as well.
+    """
     rows = []
+    overrides = [*overrides, f"model.lora_rank={lora_rank}"]
     for processes, size in ((2, 2), (1, 4)):
         folder = tmp_path / str(processes)
         extra = [f"optim.batch_size={size}", f"rollout.prompts={size}", f"output_dir={folder}", "save_model=false"]

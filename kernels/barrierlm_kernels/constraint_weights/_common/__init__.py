@@ -1,0 +1,1 @@
+"""Triton functions that the kernels for costs per response and per token share."""

@@ -1,0 +1,1 @@
+"""The Triton kernel for costs per token."""
