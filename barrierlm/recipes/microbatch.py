@@ -74,8 +74,10 @@ def one_pass(
 
     def head(hidden: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         if objective is None:
-            loss = linear_weighted_logprob(hidden, weight, targets, cu_seqlens, -task_weights, **options).total
-            return loss, loss.detach()
+            out = linear_weighted_logprob(
+                hidden, weight, targets, cu_seqlens, -task_weights, weights_per="sequence", **options
+            )
+            return out.total, out.total.detach()
         out = objective.linear(hidden, weight, packed_batch, measurements, **window, **options)
         return out.loss, out.task_loss
 
