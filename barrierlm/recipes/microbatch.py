@@ -74,10 +74,9 @@ def one_pass(
 
     def head(hidden: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         if objective is None:
-            out = linear_weighted_logprob(
-                hidden, weight, targets, cu_seqlens, -task_weights, weights_per="sequence", **options
-            )
-            return out.total, out.total.detach()
+            per_sequence = {"weights_per": "sequence"} | options
+            loss = linear_weighted_logprob(hidden, weight, targets, cu_seqlens, -task_weights, **per_sequence).total
+            return loss, loss.detach()
         out = objective.linear(hidden, weight, packed_batch, measurements, **window, **options)
         return out.loss, out.task_loss
 

@@ -54,33 +54,87 @@ def live_rows(hidden: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
 class HeadGradients:
     """Gradients for hidden [N, H], weight [V, H] and bias [V], filled in chunk by chunk of rows.
 
-    `hidden` is in its own dtype, each row being written once; `weight` and `bias` are added up over the chunks, in
-    the accumulation dtype, the first of which is written and not added: setting a large gradient to 0 takes as long
-    as writing it. What `needs` does not name is an empty tensor.
+    `hidden` is in its own dtype, each row being written once; those of weight and bias are added up over the chunks in
+    the accumulation dtype, and rounded to `dtype` at the end. The first chunk is written and not added: setting a
+    large gradient to 0 takes as long as writing it. Where there is but `one_chunk`, there is no sum to keep. What `needs`
+    does not name is an empty tensor.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> None:
-        self.needs, self._dtypes = needs, (weight.dtype, hidden.dtype if bias is None else bias.dtype)
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: list[bool],
+        dtype: torch.dtype,
+        *,
+        one_chunk: bool,
+    ) -> None:
+        self.needs = needs
         wide = accumulation_dtype(weight.dtype)
-        empty = hidden.new_empty(0)
-        self.hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else empty
-        make = weight.new_zeros if hidden.shape[0] == 0 else weight.new_empty
-        self.weight = make(weight.shape, dtype=wide) if needs[1] else torch.empty_like(empty)
-        self.bias = torch.empty_like(empty) if bias is None or not needs[2] else make(bias.shape, dtype=wide)
+        self._hidden, self._weight, self._bias = empty_gradients(hidden, weight, bias, needs, dtype)
+        self._wide_bias = self._bias.to(wide)
+        self._parts = []
+        if needs[1]:
+            self._parts = [self._weight] if one_chunk else _wide_parts(self._weight, wide)
+        if hidden.shape[0] == 0:
+            for total in (*self._parts, self._wide_bias):
+                total.zero_()
 
     def add(self, lo: int, hi: int, grad_logits: Tensor, chunk: Tensor, head: Tensor) -> None:
         """Rows lo to hi: gradients of their logits [n, V], hidden states [n, H] and the head [V, H] in one dtype."""
         if self.needs[0]:
-            _set_product(self.hidden[lo:hi], grad_logits, head)
-        if self.needs[1]:
-            _add_product(self.weight, grad_logits.t(), chunk, first=lo == 0)
+            _set_product(self._hidden[lo:hi], grad_logits, head)
+        start = 0
+        for total in self._parts:
+            left = grad_logits[:, start : start + len(total)].t()
+            _add_product(total, left, chunk, first=lo == 0)
+            start += len(total)
         if self.needs[2]:
-            sums = grad_logits.sum(0, dtype=self.bias.dtype)
-            self.bias.copy_(sums if lo == 0 else self.bias + sums)
+            sums = grad_logits.sum(0, dtype=self._wide_bias.dtype)
+            self._wide_bias.copy_(sums if lo == 0 else self._wide_bias + sums)
 
-    def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All three in the dtypes of their inputs."""
-        return self.hidden, self.weight.to(self._dtypes[0]), self.bias.to(self._dtypes[1])
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All three, rounded; afterwards nothing can be added."""
+        if len(self._parts) > 1:
+            _narrow(self._weight, *self._parts)
+        self._parts = []
+        self._bias.copy_(self._wide_bias)
+        return self._hidden, self._weight, self._bias
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the gradients; an empty tensor for each that is not needed. `dtype`: that of dW and dbias."""
+    none = (0,)
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else none),
+        weight.new_empty(weight.shape if needs[1] else none, dtype=dtype),
+        weight.new_empty(none if bias is None or not needs[2] else bias.shape, dtype=dtype),
+    )
+
+
+def _wide_parts(grad: Tensor, wide: torch.dtype) -> list[Tensor]:
+    """Memory for the sum of a gradient [V, H] in a wide dtype: parts whose rows are those of the gradient in order.
+
+    If the gradient is narrow (half as wide), the second part is the gradient's own memory. So sum and gradient together
+    take no more than the sum alone, which is the largest thing there is.
+    """
+    if grad.dtype == wide:
+        return [grad]
+    second = len(grad) // 2
+    own = grad.view(-1)[: 2 * second * grad.shape[1]].view(wide).view(second, grad.shape[1])
+    return [grad.new_empty(len(grad) - second, grad.shape[1], dtype=wide), own]
+
+
+def _narrow(grad: Tensor, first: Tensor, second: Tensor) -> None:
+    """Round the parts of `_wide_parts` to the gradient, in whose memory the second one lies."""
+    # Row r of the second part lies at row 2 r of the gradient and belongs at row len(first) + r, which is never
+    # before: so from the last row backwards nothing is written over that is still to be read.
+    for lo, hi in reversed(list(spans(len(second), _piece_rows(second)))):
+        grad[len(first) + lo : len(first) + hi] = second[lo:hi].to(grad.dtype)
+    grad[: len(first)] = first
 
 
 def _set_product(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -92,23 +146,40 @@ def _set_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 # A product in bf16 that is added to an fp32 sum is made in pieces, lest it be as large as the sum.
-_PIECE_BYTES = {"cpu": 8 * 2**20}
+_PIECE_BYTES = {"cpu": 4 * 2**20}
 _PIECE_BYTES_ACCELERATOR = 64 * 2**20
 
 
+def _piece_rows(total: Tensor) -> int:
+    """Rows of a piece of a sum [V, H], whose products have half its width."""
+    piece_bytes = _PIECE_BYTES.get(total.device.type, _PIECE_BYTES_ACCELERATOR)
+    return max(1, 2 * piece_bytes // max(1, total.shape[1] * total.dtype.itemsize))
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """total [V, H] = (0 if first else total) + left [V, n] @ right [n, H]; `total` is fp32 or fp64."""
+    """total [V, H] = (0 if first else total) + left [V, n] @ right [n, H]; to be added to, `total` is fp32 or fp64."""
     beta = 0 if first else 1  # 0 does not read the sum, which may hold anything then
     if total.dtype == left.dtype:
         total.addmm_(left, right, beta=beta)
     elif _accumulates_in_product(total.device, left.dtype):
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        row_bytes = right.shape[1] * right.dtype.itemsize
-        piece = max(1, _PIECE_BYTES.get(total.device.type, _PIECE_BYTES_ACCELERATOR) // max(1, row_bytes))
-        for lo, hi in spans(len(total), piece):
+        for lo, hi in spans(len(total), _piece_rows(total)):
             product = left[lo:hi] @ right
             total[lo:hi].copy_(product) if first else total[lo:hi].add_(product)
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient *= factor (0-d, fp32 or fp64), rounded once, with no copy of the gradient in a wide dtype."""
+    if factor.device.type == "cpu" and factor == 1:  # elsewhere looking would stall the device
+        return gradient
+    if gradient.dtype == factor.dtype:
+        return gradient.mul_(factor)
+    flat = gradient.view(-1)
+    piece = _PIECE_BYTES.get(gradient.device.type, _PIECE_BYTES_ACCELERATOR) // gradient.dtype.itemsize
+    for lo, hi in spans(len(flat), piece):
+        flat[lo:hi] = flat[lo:hi] * factor.reshape(1)  # 0-d, it would be rounded to the gradient's dtype first
+    return gradient
 
 
 @cache

@@ -181,7 +181,7 @@ def _check(
     """A tensor whose first dimension has `length` entries, on the device of the costs, without gradient."""
     check_tensor(name, value, shape, dtypes, costs.device)
     if shape and value.shape[0] != length:
-        raise ValueError(f"{name} must have {shape[0]} = {length} entries as costs say, got {list(value.shape)}")
+        raise ValueError(f"{name} must have {shape[0]} = {length} entries, got {list(value.shape)}")
     if value.requires_grad:
         raise ValueError(f"{name} must not require gradient: none flows to it; detach() it")
 

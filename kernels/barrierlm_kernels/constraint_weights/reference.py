@@ -58,9 +58,9 @@ def weights_and_statistics(
     if statistics is not None:  # where another rank's samples were not finite, the term is dropped here as well
         dropped = dropped | statistics[:, _NONFINITE].ne(0)
     share = coefficients / (max(samples, 1) if num_samples is None else num_samples.double().clamp(min=1))
-    # The last step is for coefficients that are not finite.
-    terms = (share[:, None] * advantages).masked_fill_(dropped[:, None], 0).nan_to_num_(0, 0, 0)
-    return terms.sum(0).to(dtype), own, coefficients
+    # A share that is not finite makes all terms of its constraint so, and those become 0.
+    terms = share.masked_fill_(dropped, torch.nan)[:, None] * advantages
+    return terms.nan_to_num_(0, 0, 0).sum(0).to(dtype), own, coefficients
 
 
 def _per_response(
@@ -87,7 +87,7 @@ def _per_token(
     costs: Tensor, center: Tensor, cu_seqlens: Tensor, baselines: Tensor | None, ratios: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Samples d [K, B], advantages [K, N], numbers of inputs that are not finite [K], position sums [K, 2 P]."""
-    cu_seqlens, (constraints, length) = cu_seqlens.long(), costs.shape
+    cu_seqlens, length = cu_seqlens.long(), costs.shape[1]
     place = torch.arange(length, device=costs.device)
     seq = rows_to_sequences(cu_seqlens, length)
     start, stop = cu_seqlens[seq.clamp(max=len(cu_seqlens) - 1)], cu_seqlens[(seq + 1).clamp(max=len(cu_seqlens) - 1)]

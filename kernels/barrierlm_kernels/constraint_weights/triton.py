@@ -13,8 +13,7 @@ from torch import Tensor
 from ._responses.triton import per_response_kernel
 from ._tokens.triton import per_token_kernel
 
-#: By kernel: what needs no more registers than there are.
-_RESPONSE_WARPS, _TOKEN_WARPS = 4, 8
+_WARPS = 8
 _BUCKETS = 64
 #: More programs would only repeat the look at all costs; each takes several responses then.
 _MAX_WORKERS = 256
@@ -27,7 +26,9 @@ def _power_of_two(n: int) -> int:
 def _response_shape(constraints: int, grouped: bool) -> dict[str, int]:
     """Sizes that the kernel for costs per response is compiled for."""
     padded = _power_of_two(constraints)
-    return {"KP": padded, "SCAN": max(4, 2048 // padded), "BLOCK": 32 if grouped else 256}
+    # Comparing pairs needs registers, so with groups fewer costs are looked at at a time.
+    scan, block = (512, 64) if grouped else (2048, 256)
+    return {"KP": padded, "SCAN": max(4, scan // padded), "BLOCK": block}
 
 
 def _token_shape(constraints: int, buckets: int) -> dict[str, int]:
@@ -96,7 +97,7 @@ def weights_and_statistics(
             per_response_kernel[(constraints + -(-length // shape["BLOCK"]),)](
                 costs, *vectors, mu, s, reduced, groups, ratios, num_samples, weights, own, derivatives,
                 constraints, length, samples, stride_b=costs.stride(1), **strides, **shape, **options,
-                num_warps=_RESPONSE_WARPS,
+                num_warps=_WARPS,
             )  # fmt: skip
         else:
             responses = cu_seqlens.shape[0] - 1
@@ -106,7 +107,7 @@ def weights_and_statistics(
             per_token_kernel[(constraints * (1 + -(-buckets // _BUCKETS)) + workers,)](
                 costs, *vectors, mu, s, reduced, groups, cu_seqlens, baselines, ratios, num_samples,
                 weights, own, derivatives, work, constraints, length, responses, buckets, samples, workers,
-                stride_n=costs.stride(1), **strides, **shape, **options, num_warps=_TOKEN_WARPS,
+                stride_n=costs.stride(1), **strides, **shape, **options, num_warps=_WARPS,
             )  # fmt: skip
     return weights, own, derivatives
 
@@ -125,8 +126,9 @@ def _config(name: str, constraints: int, dtype: str, *given: str, **options: Any
     types = {"costs": f"*{dtype}", "ratios": "*fp32", "baselines": "*fp64", "weights": "*fp32", "num_samples": "*i64"}
     types |= {"groups": "*i64", "cu_seqlens": "*i32"}
     always = ("costs", "center", "weights", "statistics", "derivatives", "work")
-    signature, constexprs, pointers = {}, dict(shape), []
-    constexprs |= {"EXTENSION": "linear", "ORDER": 4} | options
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = shape | {"EXTENSION": "linear", "ORDER": 4} | options
+    pointers = []
     for argument in kernel.arg_names:
         if argument in constexprs:
             continue
@@ -144,7 +146,7 @@ def _config(name: str, constraints: int, dtype: str, *given: str, **options: Any
         "name": f"constraint_weights {name}",
         "signature": signature,
         "constexprs": constexprs,
-        "num_warps": _TOKEN_WARPS if tokens else _RESPONSE_WARPS,
+        "num_warps": _WARPS,
         "divisible": pointers,
     }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._head import HeadGradients, live_rows, no_autocast, rows_per_chunk
+from .._head import HeadGradients, empty_gradients, live_rows, no_autocast, rows_per_chunk
 from .._rows import Rows, accumulation_dtype, rows_class, spans
 
 
@@ -64,11 +64,11 @@ def linear_token_logprobs_backward(
     impl: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients for hidden, weight and bias; an empty tensor for each that `needs` does not name."""
+    """The gradients for hidden, weight and bias, the last in the weight's dtype; empty where `needs` does not ask."""
     at_most = _at_most(hidden, weight, dtype, memory_budget)
     rows = _rows(hidden, weight, at_most, temperature, softcap, grad_entropy is not None, impl)
     live, grad_logps, grad_entropy = rows.resume(statistics, counted, grad_logps, grad_entropy)
-    gradients = HeadGradients(hidden, weight, bias, needs)
+    gradients = HeadGradients(hidden, weight, bias, needs, weight.dtype, one_chunk=at_most == len(hidden))
     with no_autocast(hidden.device):
         head = weight.to(dtype)
         buffer = hidden.new_empty(at_most, len(weight), dtype=dtype)
@@ -78,14 +78,14 @@ def linear_token_logprobs_backward(
             entropy_part = None if grad_entropy is None else grad_entropy[lo:hi]
             rows.differentiate(logits, logits, targets[lo:hi], lo, grad_logps[lo:hi], entropy_part, bias)
             gradients.add(lo, hi, logits, chunk, head)
-    return gradients.rounded()
+    return gradients.finish()
 
 
 @linear_token_logprobs_backward.register_fake
 def _(
     grad_logps: Any, grad_entropy: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return HeadGradients(hidden, weight, bias, rest[-1]).rounded()
+    return empty_gradients(hidden, weight, bias, rest[-1], weight.dtype)
 
 
 def _at_most(hidden: Tensor, weight: Tensor, dtype: torch.dtype, memory_budget: int | None) -> int:
@@ -135,7 +135,8 @@ def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, 
         impl,
         needs,
     )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 8
+    inputs = zip(gradients, (hidden, weight, bias), needs, strict=True)
+    return *(g.to(x.dtype) if need else None for g, x, need in inputs), *[None] * 8
 
 
 linear_token_logprobs.register_autograd(_backward, setup_context=_save)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._autograd import may_overwrite
-from .._head import HeadGradients, live_rows, no_autocast, rows_per_chunk
+from .._head import HeadGradients, empty_gradients, live_rows, no_autocast, rows_per_chunk, scale_
 from .._rows import accumulation_dtype, rows_class, spans
 
 
@@ -34,7 +34,7 @@ def linear_weighted_total(
 
     log p is 0 where `row_weights` [N] is 0. `targets` must be valid indices in every row. `row_weights` has the
     accumulation dtype. A gradient that `needs` does not name is an empty tensor; those of weight and bias are in
-    the accumulation dtype. With `inplace_backward` they belong to backward, which writes over them where it may.
+    `_saved_dtype`. With `inplace_backward` they belong to backward, which writes over them where it may.
     """
     count, vocab = len(hidden), len(weight)
     at_most = max(1, min(count, rows_per_chunk(weight, dtype, memory_budget)))
@@ -44,7 +44,7 @@ def linear_weighted_total(
     live = row_weights != 0
     unit = _weight_unit(row_weights, dtype)
     grad_logps = row_weights / unit
-    gradients = HeadGradients(hidden, weight, bias, needs)
+    gradients = HeadGradients(hidden, weight, bias, needs, _saved_dtype(weight), one_chunk=at_most == count)
     with no_autocast(hidden.device):
         head = weight.to(dtype)
         buffer = hidden.new_empty(at_most, vocab, dtype=dtype)
@@ -58,7 +58,7 @@ def linear_weighted_total(
                 rows.measure(logits, targets[lo:hi], lo, bias, overwrite=True)
     logps = torch.where(live, rows.logps, 0)
     total = (row_weights.double() * logps.double()).sum().to(logps.dtype)
-    return total, logps, unit, gradients.hidden, gradients.weight, gradients.bias
+    return total, logps, unit, *gradients.finish()
 
 
 @linear_weighted_total.register_fake
@@ -66,9 +66,9 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_weights: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(hidden.dtype)
-    gradients = HeadGradients(hidden, weight, bias, rest[-1])
+    gradients = empty_gradients(hidden, weight, bias, rest[-1], _saved_dtype(weight))
     total, logps = hidden.new_empty((), dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
-    return total, logps, torch.empty_like(total), gradients.hidden, gradients.weight, gradients.bias
+    return total, logps, torch.empty_like(total), *gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -85,20 +85,28 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad_total is None:
         return (None,) * 12
     unit, *gradients = ctx.saved_tensors
-    # Not 0-d: a 0-d factor would be rounded to the dtype of the gradient before the product.
-    factor = (grad_total * unit).reshape(1)
+    factor = grad_total * unit
     scaled: list[Tensor | None] = []
     for gradient, dtype, need in zip(gradients, ctx.dtypes, ctx.needs, strict=True):
         if not need:
             scaled.append(None)
         elif ctx.inplace and may_overwrite(gradient):
-            scaled.append(torch.mul(gradient, factor, out=gradient).to(dtype))
+            scaled.append(scale_(gradient, factor).to(dtype))
         else:
-            scaled.append((gradient * factor).to(dtype))
+            # Not 0-d: a 0-d factor would be rounded to the dtype of the gradient before the product.
+            scaled.append((gradient * factor.reshape(1)).to(dtype))
     return *scaled, *[None] * 9
 
 
 linear_weighted_total.register_autograd(_backward, setup_context=_save)
+
+
+def _saved_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which dW and dbias wait for backward: the weight's, but fp32 for fp16, whose range ends at 65,504.
+
+    Weights are around 1 there (see `_weight_unit`), so a sum over many rows may pass that before it is scaled down.
+    """
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
 def _weight_unit(row_weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,11 +10,7 @@ _OTHERS = tl.constexpr(32)
 @triton.jit
 def is_finite(x):
     """As in the reference, a magnitude of 1e70 is as good as infinite: squares of sums stay finite in fp64."""
-    if x.dtype == tl.float64:
-        finite = tl.abs(x) < 1e70
-    else:
-        finite = tl.abs(x.to(tl.float32)) < float("inf")
-    return finite
+    return tl.abs(x) < 1e70 if x.dtype == tl.float64 else tl.abs(x.to(tl.float32)) < float("inf")
 
 
 @triton.jit

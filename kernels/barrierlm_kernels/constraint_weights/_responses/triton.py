@@ -46,14 +46,16 @@ def per_response_kernel(
         at = (pid - num_constraints).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < num_responses
         result = tl.zeros([BLOCK], dtype=tl.float64)
-        for i in range(0, num_constraints):
+        for i in range(num_constraints):
             unit = tl.sum(tl.where(ks == i, share, 0.0))
             if unit != 0.0:  # a constraint that is dropped may hold NaN
                 values = costs + tl.cast(i, tl.int64) * stride_k
                 middle = tl.load(center + i).to(tl.float64)
                 d = samples_at(at, inside, values, stride_b, middle, None)
                 if groups is not None:
-                    sums, sizes = group_sums_at(at, inside, values, stride_b, num_responses, middle, None, groups, BLOCK)
+                    sums, sizes = group_sums_at(
+                        at, inside, values, stride_b, num_responses, middle, None, groups, BLOCK
+                    )
                     # Alone in its group: nothing is subtracted, and the center is the baseline.
                     d -= (sums - d) / tl.where(sizes > 1.5, sizes - 1.0, 1.0)
                 result += unit * d

@@ -14,13 +14,14 @@ def bucket_at(position, num_buckets, OCTAVES: tl.constexpr):
     octave = tl.zeros_like(position)
     for i in tl.static_range(1, OCTAVES + 1):
         octave += tl.where(position >= (half << i), 1, 0)
-    x = position.to(tl.float64) / (half << octave).to(tl.float64)  # from half the buckets on: 1 to 2
-    x *= x
-    x *= x
-    x *= x
+    # Eighths of an octave: (position / its start)^8 against powers of two.
+    x, unit = position.to(tl.float64), (half << octave).to(tl.float64)
+    x, unit = x * x, unit * unit
+    x, unit = x * x, unit * unit
+    x, unit = x * x, unit * unit
     eighth = tl.zeros_like(position)
     for i in tl.static_range(1, 8):
-        eighth += tl.where(x >= 2**i, 1, 0)
+        eighth += tl.where(x >= unit * 2**i, 1, 0)
     return tl.minimum(tl.where(position < half, position, half + 8 * octave + eighth), num_buckets - 1)
 
 
@@ -67,7 +68,7 @@ def write_positions(
     tokens = tl.zeros([BUCKETS], dtype=tl.int64)
     later = tl.sum(tl.zeros([TILE], dtype=tl.float64))  # what all responses together cost after this tile
     tiles = tl.cdiv(tl.max(longest), TILE)
-    for i in range(0, tiles):  # from the last positions to the first
+    for i in range(tiles):  # from the last positions to the first
         t = (tiles - 1 - i) * TILE + tl.arange(0, TILE).to(tl.int64)
         costs = tl.zeros([BLOCK, TILE], dtype=tl.float64)
         reached = tl.zeros([BLOCK, TILE], dtype=tl.int32)
@@ -100,7 +101,7 @@ def write_weights(
     used = (share != 0.0)[:, None]  # a constraint that is dropped may hold NaN
     later = tl.zeros([KP], dtype=tl.float64)  # the costs after this tile
     tiles = tl.cdiv(length, SPAN)
-    for i in range(0, tiles):  # from the last token to the first
+    for i in range(tiles):  # from the last token to the first
         t = (tiles - 1 - i) * SPAN + tl.arange(0, SPAN).to(tl.int64)
         inside = (t < length)[None, :] & valid[:, None] & used
         at = costs + ks[:, None] * stride_k + (start + t)[None, :] * stride_n
