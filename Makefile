@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 # On a busy machine torch's threads would spin for each other; waiting passively is slower only by a little when idle.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow lint docs-options install clean
+.PHONY: demo test test-slow lint bench docs-options install clean
 
 install: $(READY)
 
@@ -32,6 +32,13 @@ test-slow: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# The other packages come without their dependencies, which hold CUDA builds and much that nothing here uses.
+PEERS := trl|liger-kernel|cut-cross-entropy|verl|quack-kernels|tensordict|orjson|pyvers
+bench: $(READY)
+	$(BIN)/pip install --quiet --no-deps $$(grep -E '^($(PEERS))==' constraints.txt)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.run --suite all --device cpu --budget 3000
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.report
 
 docs-options: $(READY)
 	$(BIN)/barrierlm options > docs/options.md

@@ -56,8 +56,8 @@ class HeadGradients:
 
     `hidden` is in its own dtype, each row being written once; those of weight and bias are added up over the chunks in
     the accumulation dtype, and rounded to `dtype` at the end. The first chunk is written and not added: setting a
-    large gradient to 0 takes as long as writing it. Where there is but `one_chunk`, there is no sum to keep. What `needs`
-    does not name is an empty tensor.
+    large gradient to 0 takes as long as writing it. Where there is but `one_chunk`, there is no sum to keep. What
+    `needs` does not name is an empty tensor.
     """
 
     def __init__(

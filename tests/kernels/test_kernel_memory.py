@@ -83,7 +83,7 @@ def test_results_do_not_depend_on_the_chunks(name, dtype, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_results_do_not_depend_on_the_tiles(dtype, monkeypatch):
-    # 2**24 bytes of work space hold all rows of a test; make it hold 3.
+    # 2**22 bytes of work space hold all rows of a test; make it hold 3.
     from barrierlm_kernels._rows.reference import ReferenceRows
 
     batch = Batch([9, 5], hidden_size=8, vocab=33, dtype=dtype)

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from barrierlm_kernels import linear_sequence_logprob, linear_weighted_logprob, sequence_logprob
 from kernel_oracle import OPERATIONS, Batch, as_accurate_as_torch, device_for, in_fp64, run
 
-
 implementations = pytest.mark.parametrize("impl", ["reference", "triton"])
 
 

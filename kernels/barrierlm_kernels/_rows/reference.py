@@ -20,7 +20,7 @@ class ReferenceRows(Rows):
         super().__init__(rows, vocab, like, **options)
         # Work space (fp32 copies, tanh, exp) is the size of one tile: small beside a chunk of logits, and large
         # enough for the launch (or, on a CPU, the meeting of the threads) that each pass over it costs.
-        tile_bytes = 2**24 if like.device.type == "cpu" else 2**26
+        tile_bytes = 2**22 if like.device.type == "cpu" else 2**26
         self.tile_rows = max(1, min(self.block_rows, tile_bytes // (vocab * self.dtype.itemsize)))
         self._scratch: dict[str, Tensor] = {}
 

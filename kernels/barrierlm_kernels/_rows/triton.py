@@ -307,12 +307,13 @@ def _configs() -> list[dict[str, Any]]:
                 (measure_and_differentiate_kernel, rows | upstream | scalars, {}),
             ]
             for kernel, types, constants in kernels:
+                name = f"{kernel.__name__.removesuffix('_kernel')} {dtype} {block}"
                 constexprs = flags | no_bias | constants
                 signature = {"z": f"*{dtype}"} | bias | types
                 signature = {k: v for k, v in signature.items() if k in kernel.arg_names and k not in constexprs}
                 configs.append(
                     {
-                        "name": f"{kernel.__name__.removesuffix('_kernel')} {dtype} {block}" + (", all options" if full else ""),
+                        "name": name + ", all options" * full,
                         "kernel": kernel,
                         "signature": signature,
                         "constexprs": constexprs,
