@@ -33,9 +33,10 @@ def new_document(name: str, settings: Settings, command: str) -> dict[str, Any]:
 
 
 def path_of(document: dict[str, Any], folder: Path) -> Path:
-    """Where the JSON goes: suite and device make the name."""
+    """Where the JSON goes: suite, device and what was picked out make the name."""
     quick = "-quick" if document["settings"]["quick"] else ""
-    return folder / f"{document['suite']}-{slug(document['hardware']['name'])}{quick}.json"
+    case = f"-{slug(document['case'])}" if document.get("case") else ""
+    return folder / f"{document['suite']}-{slug(document['hardware']['name'])}{case}{quick}.json"
 
 
 def save(document: dict[str, Any], folder: Path) -> Path:

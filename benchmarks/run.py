@@ -28,16 +28,21 @@ CUDA_BUDGET = 540.0
 SHARES = {"head": 0.5, "logits": 0.2, "weights": 0.1, "scaling": 0.2}
 
 
-def run_suite(name: str, settings: Settings, folder: Path, command: str, *, picture: bool = True) -> Path:
-    """Run one suite here; what is there is saved after every case."""
-    document = new_document(name, settings, command)
+def run_suite(
+    name: str, settings: Settings, folder: Path, command: str, *, case: str | None = None, picture: bool = True
+) -> Path:
+    """Run one suite here, or those of its cases that `case` names; what is there is saved after every case."""
+    document = new_document(name, settings, command) | {"case": case}
     settings.say(f"{name} on {document['hardware']['name']}")
     document["copy_gb_per_s"] = copy_gigabytes_per_second(settings.device, quick=settings.quick)
     try:
         with quick_collection():
-            for case in suite(name).cases(settings):
-                settings.say(f"  {', '.join(f'{key} {value}' for key, value in case.fields.items())}")
-                document["rows"] += [{"case": case.fields} | row for row in rows_of(case)]
+            for one in suite(name).cases(settings):
+                title = ", ".join(f"{key} {value}" for key, value in one.fields.items())
+                if case is not None and case not in title:
+                    continue
+                settings.say(f"  {title}")
+                document["rows"] += [{"case": one.fields} | row for row in rows_of(one)]
                 save(document, folder)
     except DeviceLost as lost:
         settings.now(str(lost))
@@ -78,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"for all suites together; default: none on a CPU, {CUDA_BUDGET:.0f} for --suite all on CUDA",
     )
     made.add_argument("--only", action="append", default=[], metavar="WORD", help="peers whose name holds WORD")
+    made.add_argument("--case", metavar="WORD", help="cases whose title holds WORD, as 'N 512,'; a file of their own")
     made.add_argument("--exclude", action="append", default=[], metavar="NAME=REASON", help="leave a candidate out")
     made.add_argument("--no-compile", action="store_true", help="leave out what goes through torch.compile")
     made.add_argument("--no-picture", action="store_true")
@@ -115,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.suite != "all" and (arguments.here or arguments.device == "cpu"):
         try:
             settings = settings_from(arguments)
-            run_suite(arguments.suite, settings, arguments.out, command, picture=not arguments.no_picture)
+            picture = not arguments.no_picture
+            run_suite(arguments.suite, settings, arguments.out, command, case=arguments.case, picture=picture)
         except DeviceLost as lost:
             print(f"  device lost: {lost}", file=sys.stderr)
             return DEVICE_LOST
