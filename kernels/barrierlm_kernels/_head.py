@@ -10,9 +10,9 @@ from ._rows import accumulation_dtype, spans
 
 # Bytes of logits that exist at a time. Each chunk reads and writes the weight gradient once, so a chunk should
 # have far more rows than the device does flops per byte of memory traffic. 512 MiB is 2,000 rows of a
-# vocabulary of 128k in bf16. A CPU is content with a few hundred rows (64 MiB is 340 rows of 49k in fp32), and
+# vocabulary of 128k in bf16. A CPU is content with a few hundred rows (48 MiB is 256 rows of 49k in fp32), and
 # there a small chunk keeps the memory well below that of plain PyTorch.
-DEFAULT_MEMORY_BUDGET = {"cpu": 64 * 2**20}
+DEFAULT_MEMORY_BUDGET = {"cpu": 48 * 2**20}
 DEFAULT_MEMORY_BUDGET_ACCELERATOR = 512 * 2**20
 
 

@@ -51,12 +51,15 @@ def weights_and_statistics(
     own = _statistics(d, dropped, nonfinite, grouped, positions)
 
     if coefficients is None:
-        at = center if statistics is None else center + _reduced_mean(statistics)
+        at = center
+        if statistics is not None:
+            # Where another rank's numbers were not finite, the term is dropped here as well.
+            elsewhere = statistics.select(1, _NONFINITE).ne(0)
+            at = center + _reduced_mean(statistics).masked_fill_(elsewhere, 0)
+            dropped = dropped | elsewhere
         coefficients = _coefficients(at, lower, upper, scale, mu, s, extension, order)
     else:
         coefficients = coefficients.to(torch.float64, copy=True)
-    if statistics is not None:  # where another rank's samples were not finite, the term is dropped here as well
-        dropped = dropped | statistics[:, _NONFINITE].ne(0)
     share = coefficients / (max(samples, 1) if num_samples is None else num_samples.double().clamp(min=1))
     # A share that is not finite makes all terms of its constraint so, and those become 0.
     terms = share.masked_fill_(dropped, torch.nan)[:, None] * advantages
@@ -141,7 +144,7 @@ def _group_sums(d: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 def _add_up(values: Tensor, slot: Tensor, slots: int) -> Tensor:
     """Sums of the columns of `values` [K, n] in each slot: [K, slots]."""
     sums = values.new_zeros(values.shape[0], slots)
-    if values.device.type == "cpu":
+    if values.is_cpu:
         return sums.index_add_(1, slot, values)  # one after the other
     # Elsewhere index_add adds in any order. index_put sorts first.
     rows = torch.arange(values.shape[0], device=values.device)[:, None]
@@ -166,10 +169,8 @@ def _statistics(
 
 
 def _reduced_mean(statistics: Tensor) -> Tensor:
-    """A window's mean relative to the center, [K]; 0 where nothing was measured or something was not finite."""
-    statistics = statistics.double()
-    mean = statistics[:, _SUM] / statistics[:, _COUNT].clamp(min=1)
-    return torch.where(statistics[:, _NONFINITE] == 0, mean, 0)
+    """A window's mean relative to the center, [K]; 0 where nothing was measured."""
+    return statistics.select(1, _SUM).double() / statistics.select(1, _COUNT).double().clamp(min=1)
 
 
 def _coefficients(

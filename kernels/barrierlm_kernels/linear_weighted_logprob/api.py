@@ -59,7 +59,7 @@ def linear_weighted_logprob(
         softcap: c in c tanh(logits / c).
         return_token_logps: also return the [N] token log-probabilities, detached.
         impl: "auto", "triton" or "reference"; see `which_impl`. The products are torch's in all of them.
-        memory_budget: bytes of logits that may exist at a time. None: 64 MiB on the CPU, 512 MiB elsewhere.
+        memory_budget: bytes of logits that may exist at a time. None: 48 MiB on the CPU, 512 MiB elsewhere.
 
     Returns:
         `WeightedLogProb(total, logps, counts, token_logps)`, in fp32, or in fp64 for fp64 hidden states.
