@@ -182,11 +182,12 @@ def in_fp64(batch: Batch) -> Batch:
 FACTOR = 2.0  # times plain PyTorch's error in that dtype, plus half a unit in the last place
 
 
-def as_accurate_as_torch(results: Any) -> None:
+def as_accurate_as_torch(results: Any, *, given: torch.dtype | None = None) -> None:
     """Assert it of (ours, plain PyTorch's, fp64's) for several batches.
 
     Errors are norms over all batches: a largest error is one number's luck. Where there are few numbers, plain
-    PyTorch's may all be lucky, so it counts as no smaller than a rounding of the results.
+    PyTorch's may all be lucky, so it counts as no smaller than a rounding of the results, to the dtype that is `given`
+    (that of the inputs, in which logits are rounded) or to their own.
     """
     for index in range(len(results[0][0])):
         ours, theirs, exact = (
@@ -195,7 +196,8 @@ def as_accurate_as_torch(results: Any) -> None:
         assert ours.isfinite().all(), index
         assert ours.dtype == theirs.dtype, index
         rounding = torch.finfo(ours.dtype).eps / 2 * exact.norm()
-        allowed = FACTOR * torch.maximum((theirs.double() - exact).norm(), rounding) + rounding
+        luck = rounding if given is None else torch.finfo(given).eps / 2 * exact.norm()
+        allowed = FACTOR * torch.maximum((theirs.double() - exact).norm(), luck) + rounding
         assert (ours.double() - exact).norm() <= allowed, index
 
 

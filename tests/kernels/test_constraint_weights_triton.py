@@ -148,32 +148,48 @@ def test_low_precision(kind, dtype, bad):
     assert_same((reference.weights, *ours[1:]), reference)
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Uninitialised memory holds NaN; the list grows with every allocation."""
+    empty, seen = torch.Tensor.new_empty, []
+
+    def poison(tensor, *shape, **kwargs):
+        out = empty(tensor, *shape, **kwargs)
+        seen.append(out.fill_(math.nan if out.is_floating_point() else -7))
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+    return seen
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_number_is_written_and_bits_repeat(kind, monkeypatch):
+def test_every_number_is_written_and_bits_repeat(kind, poisoned):
     case = Case(3, [2, 0, 40, 7, 1, 1], *kind)
     options = case.data(coefficients=case.coefficients)
     if case.per_token:  # tokens of no response on both sides
         options["costs"] = torch.nn.functional.pad(case.costs, (2, 3), value=math.nan)
         options["cu_seqlens"] = case.cu_seqlens + 2
     first, expected = both(**options)
-    empty, poisoned = torch.Tensor.new_empty, []
-
-    def poison(tensor, *shape, **kwargs):
-        out = empty(tensor, *shape, **kwargs)
-        poisoned.append(out.fill_(math.nan if out.is_floating_point() else -7))
-        return out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
     again, _ = both(**options)
-    assert len(poisoned) >= 3
+    assert len(poisoned) >= 6
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert_same(first, expected)
+
+
+def test_every_number_is_written_where_there_is_no_response(poisoned):
+    options = {"center": vector(1, 2), "coefficients": vector(3, 4), "baselines": torch.ones(2, 5)}
+    ours, _ = both(costs=torch.ones(2, 300), cu_seqlens=torch.tensor([7]), **options)
+    assert ours.weights.tolist() == [0] * 300
+    assert not ours.statistics.any()
+    assert ours.coefficients.tolist() == [3, 4]
+    assert len(poisoned) >= 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_layout_matters(kind):
     case = Case(3, LENGTHS, *kind)
-    data = case.data(coefficients=case.coefficients)
+    data = case.data(**barrier(3) | {"s": vector(0.1, 0.2, 0.3), "num_samples": torch.tensor([4, 5, 6])})
+    data["statistics"] = both(**case.data(coefficients=case.coefficients))[1].statistics.cpu()
     apart = {}
     for name, value in data.items():
         spread = torch.full((*value.shape, 2), -7, dtype=value.dtype)

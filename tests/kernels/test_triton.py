@@ -26,7 +26,7 @@ def three(name, batch, **options):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@settings(max_examples=15)
+@settings(max_examples=15, derandomize=True)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 2, 5, 9]), min_size=1, max_size=4).filter(any),
     vocab=st.sampled_from([33, 252, 507, 1031]),
@@ -51,7 +51,7 @@ def test_every_combination_of_options(
     for k in range(3):
         batch = Batch(lengths, hidden_size, vocab, dtype, seed + k, ignored, scale=hidden_size**-0.5)
         results.append(three(name, batch.to(DEVICE), **options, **variant))
-    as_accurate_as_torch(results)
+    as_accurate_as_torch(results, given=dtype)
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0], [1], [1, 0, 1]], ids=str)
