@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from barrierlm_kernels.constraint_weights import ConstraintWeights, api, constraint_weights, results
-from barrierlm_kernels.constraint_weights.reference import weights_and_statistics
+from barrierlm_kernels.constraint_weights import ConstraintWeights, api, constraint_weights, reference, results
 from constraint_cases import EXTENSIONS, F64, Case, assert_same, barrier
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,6 +81,21 @@ def test_large_groups_equal_a_comparison_of_all_pairs():
     total = d @ same
     expected = [len(groups.unique()), (total**2 / sizes)[0].sum(), total[0].sum(), sizes.sum()]
     torch.testing.assert_close(out.statistics[0, 3:7], vector(*expected), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("add_up", ["_add_up", "_sort_and_add_up"])
+def test_many_responses_and_other_devices(kind, add_up, monkeypatch):
+    """Groups found by sorting, as those of many responses are, and sums as they are made on a GPU."""
+    monkeypatch.setattr(reference, "_FEW", 0)
+    monkeypatch.setattr(reference, "_add_up", getattr(reference, add_up))
+    case = Case(3, LENGTHS, *kind)
+    check(case)
+    case.groups = torch.stack([case.groups, case.groups], 1)[:, 0]  # not contiguous
+    check(case)
+    case.costs[1, 2] = math.nan
+    check(case)
+    check(Case(3, [], *kind))
 
 
 def test_a_response_without_others_in_its_group_keeps_the_center_as_baseline():
@@ -410,7 +424,7 @@ def test_no_value_is_looked_at(kind):
     given_arguments = arguments(case, "reference", **barrier(2), num_samples=torch.tensor(9))[:-1]
     meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in given_arguments]
     data = case.data(**barrier(2))
-    outputs = [weights_and_statistics(*meta)]
+    outputs = [reference.weights_and_statistics(*meta)]
     with FakeTensorMode() as mode:
         outputs.append(constraint_weights(**{k: mode.from_tensor(v) for k, v in data.items()}))
     for output in outputs:

@@ -16,6 +16,9 @@ HUGE = 1e70
 NUM_COLUMNS = 8
 _COUNT, _SUM, _NONFINITE = 0, 1, 7
 
+#: Up to how many responses groups are found by comparing all pairs.
+_FEW = 128
+
 
 def weights_and_statistics(
     costs: Tensor,
@@ -133,6 +136,9 @@ def _position_sums(to_go: Tensor, inside: Tensor, bucket: Tensor, num_buckets: i
 
 def _group_sums(d: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of d [K, B] over each response's group, itself included, [K, B]; and the groups' sizes [B]."""
+    if len(groups) <= _FEW:  # fewer calls, but B^2 comparisons
+        same = (groups[:, None] == groups).double()
+        return d @ same, same.sum(1)
     # A group's slot is where its id first occurs in sorted order. Unlike torch.unique this waits for nothing.
     groups = groups.contiguous()
     order = groups.sort().values
@@ -143,12 +149,15 @@ def _group_sums(d: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 def _add_up(values: Tensor, slot: Tensor, slots: int) -> Tensor:
     """Sums of the columns of `values` [K, n] in each slot: [K, slots]."""
-    sums = values.new_zeros(values.shape[0], slots)
-    if values.is_cpu:
-        return sums.index_add_(1, slot, values)  # one after the other
-    # Elsewhere index_add adds in any order. index_put sorts first.
+    if values.is_cpu:  # where it adds one after the other
+        return values.new_zeros(values.shape[0], slots).index_add_(1, slot, values)
+    return _sort_and_add_up(values, slot, slots)
+
+
+def _sort_and_add_up(values: Tensor, slot: Tensor, slots: int) -> Tensor:
+    """The same where index_add adds in any order: index_put sorts first."""
     rows = torch.arange(values.shape[0], device=values.device)[:, None]
-    return sums.index_put_((rows, slot), values, accumulate=True)
+    return values.new_zeros(values.shape[0], slots).index_put_((rows, slot), values, accumulate=True)
 
 
 def _statistics(
