@@ -19,9 +19,9 @@ from .settings import Settings, time_limit
 #: A result may be this much further from the fp64 one than plain PyTorch's in the same dtype.
 ERROR_FACTOR = 8
 #: As many rounds as fit the time, within these limits. What takes many times as long as naive PyTorch is slow without
-#: doubt: it takes part in the first few rounds only.
-MIN_ROUNDS, MAX_ROUNDS = 5, 50
-SLOW, ROUNDS_OF_SLOW = 4.0, 2
+#: doubt: its warm-up is its only sample, so that it does not take the time of all others.
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+SLOW = 4.0
 
 _CHUNK = 2**24
 _ORDER = {"naive": 0, "floor": 1, "ours": 2, "peer": 3}
@@ -163,8 +163,7 @@ def _time(
     """Fill in "time_ms" and "ratio" of the rows that are ready."""
     samples: dict[str, list[float]] = {name: [] for name in ready}
 
-    def one_round(names: Sequence[str]) -> float:
-        total = 0.0
+    def one_round(names: Sequence[str]) -> None:
         for name in names:
             candidate, step = ready[name]
             settings.now(name)
@@ -175,21 +174,20 @@ def _time(
                 ready.pop(name)
                 next(r for r in rows if r["candidate"] == name).update(status="failed", error=first_line(error))
                 _check_device(problem.device, candidate, error)
-            else:
-                total += samples[name][-1] * inner / 1e3
-        return total
 
-    length = one_round(list(ready))  # warm-up
+    one_round(list(ready))  # warm-up
     naive = min((samples[n][0] for n, (c, _) in ready.items() if c.role == "naive"), default=math.inf)
     slow = {name for name in ready if samples[name][0] > SLOW * naive}
+    length = sum(samples[name][0] for name in ready if name not in slow) * inner / 1e3
     rounds = settings.repeats or int(min(MAX_ROUNDS, max(MIN_ROUNDS, seconds / max(length, 1e-9))))
     settings.say(f"    {rounds} rounds of {length:.2f} s")
-    for values in samples.values():
-        values.clear()
+    for name, values in samples.items():
+        if name not in slow:
+            values.clear()
     for done in range(rounds):
         if done >= MIN_ROUNDS and settings.left() <= 0:
             break
-        one_round([name for name in ready if name not in slow or done < ROUNDS_OF_SLOW])
+        one_round([name for name in ready if name not in slow])
     problem.reset(any(c.writes_input for c, _ in ready.values()))
     divisors = [name for name, (c, _) in ready.items() if c.role in ("naive", "floor")]
     for row in rows:

@@ -19,7 +19,7 @@ from test_constraint_weights import KINDS, LENGTHS, arguments, vector
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from barrierlm_kernels.constraint_weights._tokens.triton import bucket_at  # noqa: E402
+from barrierlm_kernels.constraint_weights._triton.tokens import bucket_at  # noqa: E402
 from barrierlm_kernels.constraint_weights.triton import _token_shape  # noqa: E402
 
 ROOT = Path(__file__).parents[2]

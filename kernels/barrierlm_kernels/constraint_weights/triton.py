@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._responses.triton import per_response_kernel
-from ._tokens.triton import per_token_kernel
+from ._triton.responses import per_response_kernel
+from ._triton.tokens import per_token_kernel
 
 _WARPS = 8
 _BUCKETS = 64

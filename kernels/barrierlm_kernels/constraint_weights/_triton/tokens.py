@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .._common.triton import coefficients_at, count_nonfinite, finite_ratio, is_finite, shares_of, write_row
+from .shared import coefficients_at, count_nonfinite, finite_ratio, is_finite, shares_of, write_row
 
 
 @triton.jit

@@ -1,1 +1,0 @@
-"""Triton functions that the kernels for costs per response and per token share."""

@@ -1,1 +1,0 @@
-"""The Triton kernel for one cost per response."""

@@ -1,1 +1,0 @@
-"""The Triton kernel for costs per token."""
