@@ -299,7 +299,7 @@ class BarrierObjective:
         out = one_pass(hidden, head, batch, ours, view, weights, compact=compact)
         terms = self._linear_terms(measured, expected, loss_divisor)
         rows = {k: m.row for k, m in measured.items()} | out.window_rows
-        return self._finish(out.loss, terms, out.task_loss, view.penalty, rows, expected)
+        return self._finish(out.loss, terms, out.task_loss, view.penalty, rows, expected, separable=False)
 
     def step(self) -> None:
         """Commit the window: reduce its sums over the ranks, update the estimates, set the next multipliers.
@@ -443,9 +443,12 @@ class BarrierObjective:
         penalty: Tensor,
         rows: dict[int, Tensor],
         expected: dict[int, int | Tensor],
+        *,
+        separable: bool = True,
     ) -> ObjectiveOutput:
+        constraint_loss = torch.zeros_like(loss)
         for term in terms:
-            loss = loss + term.to(loss.device)
+            constraint_loss = constraint_loss + term.to(loss.device)
         if torch.is_grad_enabled():
             self._window.add(rows, expected)
             if self.windows == 0 and self._window.calls == _CALLS_BEFORE_WARNING:
@@ -454,7 +457,9 @@ class BarrierObjective:
                     f"{self._window.calls} calls without objective.step(): nothing is committed and the multipliers "
                     "stay as they are. Call objective.step() after each optimizer step.",
                 )
-        out = ObjectiveOutput(loss, task_loss.detach(), penalty.to(loss.device), self._committed.report)
+        total = loss + constraint_loss
+        out = ObjectiveOutput(total, task_loss.detach(), penalty.to(loss.device), self._committed.report)
+        out._parts = (loss, constraint_loss) if separable else None
         out._committed_metrics = self.metrics
         return out
 

@@ -25,6 +25,8 @@ class ObjectiveOutput(_Output):
     """
 
     _committed_metrics: Callable[[], dict[str, float]]
+    #: The two summands of ``loss``, with gradient: task and constraints; None where one pass makes both at once.
+    _parts: tuple[Tensor, Tensor] | None
 
     def metrics(self) -> dict[str, float]:
         """Flat floats for a logger: this call's losses, and the objective's numbers as they are now.
