@@ -4,11 +4,12 @@
 (`AdaptiveBarrier` unless told otherwise) turns violations into multipliers. Needs torch alone.
 """
 
-from .barriers import AdaptiveBarrier, LogBarrier, ModifiedBarrier, Readings, RelaxedLogBarrier, Rule
+from .barriers import LogBarrier, Readings, RelaxedLogBarrier, Rule
 from .baselines import AugmentedLagrangian, DualAscent
 from .constraints import Constraint
 from .diagnostics import BoundState, Report
 from .estimators import EMA, BatchMean
+from .learning import AdaptiveBarrier, ModifiedBarrier
 from .objective import BarrierObjective
 from .output import ObjectiveOutput
 from .packing import PackedBatch

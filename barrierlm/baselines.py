@@ -13,12 +13,16 @@ from .barriers import Readings, Rule
 class DualAscent(Rule):
     r"""Min-max training: gradient ascent on the multipliers, as in constrained RLHF.
 
-    .. math:: \lambda \leftarrow \min(\max(\lambda + \eta z, 0), \text{cap})
+    .. math:: \lambda \leftarrow \min(\max(\lambda + \eta z, 0), \text{cap}) \qquad\text{or}\qquad
+              \lambda \leftarrow \min(\lambda e^{\eta z}, \text{cap})
 
     Args:
         step: :math:`\eta` > 0, per window.
         cap: Largest multiplier.
-        start_at: Initial multiplier, >= 0.
+        start_at: Initial multiplier: >= 0, and > 0 for the log parametrisation. Default: 0, or 1.
+        parametrisation: ``"linear"``, or ``"log"`` (ascent on the logarithm, as in PPO-Lagrangian), which keeps
+            multipliers positive.
+        delay: Windows before the first step, >= 0, in which the multiplier stays where it starts.
 
     Raises:
         ValueError: A parameter outside its range.
@@ -27,23 +31,43 @@ class DualAscent(Rule):
         >>> DualAscent(0.05).step
         0.05
 
-    Source: Moskovitz et al. 2023 (constrained RLHF), the min-max baseline of L3Ms (arXiv 2410.21533).
+    Source: Moskovitz et al. 2023 (constrained RLHF), the min-max baseline of L3Ms (arXiv 2410.21533); Dai et al. 2023
+    (Safe RLHF) for the logarithm, the cap and the delay.
     """
 
     learned: Tensor
-    _learned = ("learned",)
+    windows: Tensor
+    _learned = ("learned", "windows")
 
-    def __init__(self, step: float = 0.05, *, cap: float = math.inf, start_at: float = 0.0) -> None:
+    def __init__(
+        self,
+        step: float = 0.05,
+        *,
+        cap: float = math.inf,
+        start_at: float | None = None,
+        parametrisation: str = "linear",
+        delay: int = 0,
+    ) -> None:
+        if parametrisation not in ("linear", "log"):
+            raise ValueError(f"parametrisation={parametrisation!r}; allowed: 'linear' or 'log'")
+        if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
+            raise ValueError(f"delay={delay!r}; allowed: an integer >= 0")
+        if start_at is None:
+            start_at = 0.0 if parametrisation == "linear" else min(1.0, cap)
         if not (step > 0 and math.isfinite(step)):
             raise ValueError(f"step={step!r}; allowed: step > 0")
         if not cap > 0:
             raise ValueError(f"cap={cap!r}; allowed: cap > 0")
         if not 0 <= start_at <= cap or not math.isfinite(start_at):
             raise ValueError(f"start_at={start_at!r}; allowed: 0 <= start_at <= cap")
+        if parametrisation == "log" and start_at == 0:
+            raise ValueError(f"start_at={start_at!r} with parametrisation='log'; allowed: start_at > 0")
         self.step, self.cap, self.start_at = float(step), float(cap), float(start_at)
+        self.parametrisation, self.delay = parametrisation, delay
 
     def start(self, num_bounds: int) -> None:
         self.learned = torch.full((num_bounds,), self.start_at, dtype=torch.float64)
+        self.windows = torch.zeros((), dtype=torch.float64)
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """lambda z [m], the Lagrangian's term."""
@@ -55,7 +79,14 @@ class DualAscent(Rule):
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """One ascent step of every measured bound."""
-        self.learned = (self.learned + self.step * readings.z).clamp(0.0, self.cap)
+        self.windows = self.windows + 1
+        if self.windows <= self.delay:
+            return
+        if self.parametrisation == "linear":
+            self.learned = (self.learned + self.step * readings.z).clamp(0.0, self.cap)
+        else:
+            # The logarithm moves by at most 1 a window: e^z of a far start would overflow.
+            self.learned = (self.learned * (self.step * readings.z).clamp(-1, 1).exp()).clamp(1e-12, self.cap)
 
 
 class AugmentedLagrangian(Rule):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,12 +19,14 @@ from .schedules import Schedule
 
 
 class View(NamedTuple):
-    """The committed numbers that a call needs: center [K], baselines [K, NUM_POSITIONS], weights [K], penalty."""
+    """The committed numbers that a call needs: center [K], baselines [K, NUM_POSITIONS], weights [K], and 0-d:
+    the penalty, and 1 / (1 + sum of the multipliers)."""
 
     center: Tensor
     baselines: Tensor
     weights: Tensor
     penalty: Tensor
+    normalizer: Tensor
 
 
 class Committed:
@@ -36,9 +37,20 @@ class Committed:
     instead of changing them, so that a shallow copy of each is a snapshot and a failed commit leaves no trace.
     """
 
-    def __init__(self, bounds: Bounds, rule: Rule, schedule: Schedule, estimator: EMA, noise_floor: float) -> None:
+    #: Windows of the long average whose standard errors draw the bounds in.
+    LONG = 200
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        rule: Rule,
+        schedule: Schedule,
+        estimator: EMA,
+        noise_floor: float,
+        confidence: float = 0.0,
+    ) -> None:
         self.bounds, self.rule, self.schedule, self.estimator = bounds, rule, schedule, estimator
-        self.noise_floor = noise_floor
+        self.noise_floor, self.confidence = noise_floor, confidence
         self.windows = 0
         num_constraints = len(bounds.constraints)
         rule.start(len(bounds))
@@ -80,14 +92,14 @@ class Committed:
             readings, near = self._read()
             if tick:
                 known = readings.known & measured[self.bounds.index]
-                window_z = self.bounds.violation(window_mean, self.scales.value)
+                window_z = self.bounds.violation(window_mean, self.scales.value) + self.shift
                 z, window_z, stderr, noise = (
                     torch.where(known, x, 0.0) for x in (readings.z, window_z, readings.stderr, readings.noise)
                 )
                 news = Readings(z, window_z, stderr, noise, known)
                 self.rule.update(news, mu, s)
                 self.schedule.tick(news)
-                self.watch.update(readings.z, near)
+                self.watch.update(self.z, near)
                 self.windows += 1
             self._refresh(readings, near)
         return True
@@ -133,13 +145,17 @@ class Committed:
             self._refresh(*self._read())
 
     def _read(self) -> tuple[Readings, Tensor]:
-        """The bounds' readings, and how far from a bound an estimate still counts as at it [m]."""
+        """The bounds' readings, drawn in by ``shift``, and how far from a bound an estimate still counts as at it [m].
+
+        ``z`` [m] are the violations of the bounds as the user gave them.
+        """
         index, scale = self.bounds.index, self.scales.value
         self.mean, self.stderr = self.estimator.mean, self.estimator.stderr
-        z = self.bounds.violation(self.mean, scale)
-        known = z.isfinite()
+        self.z = self.bounds.violation(self.mean, scale)
+        known = self.z.isfinite()
         stderr = (self.stderr / scale)[index]
-        z = torch.where(known, z, 0.0)
+        self.shift = self.confidence * (self.estimator.stderr_over(self.LONG) / scale)[index].nan_to_num(0.0)
+        z = torch.where(known, self.z + self.shift, 0.0)
         noise = torch.where(known, stderr.nan_to_num(1.0), 0.0)  # not known yet: counts as one scale
         return Readings(z, z, noise, self.noise_floor * noise, known), verdict_tolerance(stderr)
 
@@ -165,6 +181,7 @@ class Committed:
             0, self.bounds.index, torch.where(known, self.bounds.sign * multiplier / scale, 0.0)
         )
         self.mu, self.s, self.weights, self.penalty = mu, s, weights, value.sum()
+        self.normalizer = 1 / (1 + multiplier.sum())
         self.report = self._rows_of(readings, near, multiplier, scale)
         self._views: dict[torch.device, View] = {}
 
@@ -172,14 +189,14 @@ class Committed:
         """What a call reads, on ``device``: copied there once per window, without waiting for it."""
         if device not in self._views:
             wide = wide_dtype(device)
-            parts = (self.estimator.center, self.baselines, self.weights, self.penalty)
+            parts = (self.estimator.center, self.baselines, self.weights, self.penalty, self.normalizer)
             self._views[device] = View(*(x.to(device, wide, non_blocking=True) for x in parts))
         return self._views[device]
 
     def _rows_of(self, readings: Readings, near: Tensor, multiplier: Tensor, scale: Tensor) -> Report:
         mean, stderr = self.mean.tolist(), self.stderr.tolist()
         together = self.watch.together()
-        z = torch.where(readings.known, readings.z, math.nan).tolist()
+        z = self.z.tolist()
         in_force = self.rule.in_force(self.mu, self.s)
         columns = [x.tolist() for x in (self.bounds.value, multiplier, *in_force, scale, near)]
         rows = []

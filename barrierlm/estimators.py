@@ -117,11 +117,20 @@ class EMA:
     def stderr(self) -> Tensor:
         """Standard errors [K] in the users' units; 0 for exact values, NaN where not yet known."""
         s = self._sums
+        return self._stderr(s["weight2"] / s["weight"].clamp(min=1e-300) ** 2)
+
+    def stderr_over(self, windows: int) -> Tensor:
+        """Standard errors [K] that the mean of so many windows, as noisy as the recent ones, would have."""
+        return self._stderr(torch.full_like(self._sums["weight"], 1 / windows))
+
+    def _stderr(self, share: Tensor) -> Tensor:
+        """Of a mean whose variance is ``share`` [K] times that of one window's mean."""
+        s = self._sums
         nan = torch.full_like(s["mean"], math.nan)
-        share = s["weight2"] / s["weight"].clamp(min=1e-300) ** 2
+        own = s["weight2"] / s["weight"].clamp(min=1e-300) ** 2
         # Windows without a spread of their own are taken to be as noisy as those that have one.
         within = torch.where(s["within_weight2"] > 0, s["within"] / s["within_weight2"], nan)
-        between = torch.where(share < 1, s["spread"] / s["weight"] / (1 - share), nan)
+        between = torch.where(own < 1, s["spread"] / s["weight"] / (1 - own), nan)
         variance = torch.where(s["within_weight2"] >= 0.5 * s["weight2"], within, between) * share
         variance = torch.where(self.known, variance.clamp(min=0), nan)
         return torch.where(s["exact"] >= s["weight"] * (1 - 1e-12), torch.zeros_like(variance), variance).sqrt()

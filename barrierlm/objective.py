@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .barriers import AdaptiveBarrier, Rule
+from .barriers import Rule
 from .checks import check_call, check_rows
 from .committed import Committed
 from .constraints import Bounds, Constraint
@@ -19,6 +19,7 @@ from .current import barrier_terms
 from .diagnostics import Report
 from .distributed import world_size
 from .estimators import EMA, Column
+from .learning import AdaptiveBarrier
 from .output import ObjectiveOutput
 from .packing import PackedBatch
 from .sampling import Measured, Sampled, measure_value
@@ -53,6 +54,10 @@ class BarrierObjective:
         schedule: How mu falls. Default `AdaptiveSchedule`. Ignored by rules that have a mu of their own.
         estimator: `EMA` (default, smoothing 0.1) or `BatchMean`.
         noise_floor: s stays above this many standard errors, and mu above its root; 0 switches it off.
+        confidence: Draws sampled bounds in by this many standard errors of a mean over 200 windows, so that their
+            averages stay within them for more of the time; reports keep to the bounds as given. Default: the
+            rule's own, 0.5 for rules that learn multipliers on a barrier and 0 for the others.
+        normalize: Divide the loss by 1 + sum of the multipliers, so that a large one does not make large gradients.
         multiplier: ``"committed"``, or ``"current"``: loss is L + B(z) at this call's own values,
             differentiated by autograd; for exact, single-process work with one call per window.
         nonfinite: What `step` does when a measurement held a NaN or an infinity: ``"raise"``, or ``"skip"``
@@ -87,6 +92,8 @@ class BarrierObjective:
         schedule: Schedule | None = None,
         estimator: EMA | None = None,
         noise_floor: float = 1.0,
+        confidence: float | None = None,
+        normalize: bool = False,
         multiplier: str = "committed",
         nonfinite: str = "raise",
         gradient_reduction: str = "mean",
@@ -99,14 +106,21 @@ class BarrierObjective:
             raise ValueError("constraints is empty; allowed: at least one Constraint")
         if not (isinstance(noise_floor, int | float) and noise_floor >= 0 and math.isfinite(noise_floor)):
             raise ValueError(f"noise_floor={noise_floor!r}; allowed: a finite number >= 0 (0 switches it off)")
+        if confidence is not None and not (
+            isinstance(confidence, int | float) and confidence >= 0 and math.isfinite(confidence)
+        ):
+            raise ValueError(f"confidence={confidence!r}; allowed: a finite number >= 0, or None for the rule's own")
         choices = (
             ("multiplier", multiplier, ("committed", "current")),
             ("nonfinite", nonfinite, ("raise", "skip")),
             ("gradient_reduction", gradient_reduction, ("mean", "sum")),
+            ("normalize", normalize, (False, True)),
         )
         for argument, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{argument}={value!r}; allowed: {' or '.join(map(repr, allowed))}")
+        if normalize and multiplier == "current":
+            raise ValueError("normalize=True with multiplier='current'; allowed: with multiplier='committed'")
         parts = (("rule", rule, Rule), ("schedule", schedule, Schedule), ("estimator", estimator, EMA))
         for argument, part, kind in parts:
             if part is not None and not isinstance(part, kind):
@@ -120,13 +134,17 @@ class BarrierObjective:
         self.schedule = schedule or AdaptiveSchedule()
         self.estimator = estimator or EMA()
         self.noise_floor = float(noise_floor)
+        self.confidence = self.rule.confidence if confidence is None else float(confidence)
+        self.normalize = normalize
         self.multiplier = multiplier
         self.nonfinite = nonfinite
         self.gradient_reduction = gradient_reduction
         self.process_group = process_group
         for owned in (self.rule, self.schedule, self.estimator):
             owned._in_use = True  # type: ignore[union-attr]
-        self._committed = Committed(Bounds(constraints), self.rule, self.schedule, self.estimator, self.noise_floor)
+        self._committed = Committed(
+            Bounds(constraints), self.rule, self.schedule, self.estimator, self.noise_floor, self.confidence
+        )
         self._window = Window(len(constraints))
         self._warned: set[str] = set()
 
@@ -457,6 +475,9 @@ class BarrierObjective:
                     f"{self._window.calls} calls without objective.step(): nothing is committed and the multipliers "
                     "stay as they are. Call objective.step() after each optimizer step.",
                 )
+        if self.normalize:
+            share = self._committed.view(loss.device).normalizer.to(loss.dtype)
+            loss, constraint_loss = loss * share, constraint_loss * share
         total = loss + constraint_loss
         out = ObjectiveOutput(total, task_loss.detach(), penalty.to(loss.device), self._committed.report)
         out._parts = (loss, constraint_loss) if separable else None

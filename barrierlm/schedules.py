@@ -111,16 +111,19 @@ class ExponentialSchedule(Schedule):
 
 
 class AdaptiveSchedule(Schedule):
-    r"""mu falls only when every bound is met and the estimates resolve the next width; needs no horizon.
+    r"""mu falls while every bound is met with confidence and the estimates resolve the next width; needs no horizon.
 
-    A tick multiplies mu by ``factor`` if, for every bound measured so far, z <= 0 and the next
-    :math:`s = \mu^2` is larger than both the noise of z and its last movement: below either of these the
-    multiplier would follow the noise (or the optimizer's own steps) instead of the constraint. Otherwise mu holds.
+    A tick multiplies mu by ``factor`` if, for every bound measured so far, z is a standard error or more below 0
+    and the next :math:`s = \mu^2` is larger than both the noise of z and its last movement: below either of these
+    the multiplier would follow the noise (or the optimizer's own steps) instead of the constraint. After
+    ``patience`` windows in a row with a bound violated beyond its noise and not coming down, mu rises by as much, at
+    most to ``start``: a small mu makes the barrier steep where estimates lag. Otherwise mu holds.
 
     Args:
-        start: First mu, > 0.
+        start: First and largest mu, > 0.
         end: Smallest mu, > 0.
         factor: In (0, 1).
+        patience: Windows after which a violation that does not come down by a tenth counts as sustained, >= 1.
 
     Raises:
         ValueError: A parameter outside its range.
@@ -132,37 +135,50 @@ class AdaptiveSchedule(Schedule):
     Source: barrierlm.
     """
 
-    def __init__(self, start: float = 1.0, end: float = 1e-3, factor: float = 0.9) -> None:
+    def __init__(self, start: float = 1.0, end: float = 1e-3, factor: float = 0.9, *, patience: int = 20) -> None:
         self._mu, self.end = _positive("start", start), _positive("end", end)
         if not 0 < factor < 1:
             raise ValueError(f"factor={factor!r}; allowed: 0 < factor < 1")
-        self.factor = float(factor)
-        #: Per bound, when it was last measured: its violation, and the larger of its noise and its movement.
-        self._last_z = torch.zeros(0, dtype=torch.float64)
-        self._last_coarse = torch.zeros(0, dtype=torch.float64)
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"patience={patience!r}; allowed: an integer >= 1")
+        self.start, self.factor, self.patience = self._mu, float(factor), patience
+        #: Per bound, when it was last measured: its violation, its standard error, and the larger of its noise and
+        #: its movement; the windows that its violation has not come down for, and from which violation.
+        self._state = dict.fromkeys(("z", "stderr", "coarse", "waited", "waited_at"), torch.zeros(0).double())
 
     @property
     def mu(self) -> float:
         return self._mu
 
     def tick(self, readings: Readings) -> None:
-        z, noise, known = readings.z, readings.noise, readings.known
+        z, known = readings.z, readings.known
         if not known.any():
             return
-        if len(self._last_z) != len(z):
-            self._last_z, self._last_coarse = torch.full_like(z, math.nan), torch.zeros_like(z)
-        moved = (z - self._last_z).abs().nan_to_num(math.inf)
-        self._last_coarse = torch.where(known, torch.maximum(noise, moved), self._last_coarse)
-        self._last_z = torch.where(known, z, self._last_z)
+        if len(self._state["z"]) != len(z):
+            self._state = dict.fromkeys(self._state, torch.zeros_like(z)) | {"z": torch.full_like(z, math.nan)}
+        old = self._state
+        moved = (z - old["z"]).abs().nan_to_num(math.inf)
+        violated = z > 2 * readings.stderr
+        fresh = violated & ((old["waited"] == 0) | (z < 0.9 * old["waited_at"]))
+        new = {
+            "z": z,
+            "stderr": readings.stderr,
+            "coarse": torch.maximum(readings.noise, moved),
+            "waited": torch.where(violated, torch.where(fresh, 1.0, old["waited"] + 1), 0.0),
+            "waited_at": torch.where(fresh, z, old["waited_at"]),
+        }
+        self._state = now = {name: torch.where(known, new[name], old[name]) for name in old}
         target = self._mu * self.factor
         # A bound that was never measured (NaN) cannot speak against it.
-        if bool((~(self._last_z > 0) & (self._last_coarse <= target**2)).all()):
+        if bool((~(now["z"] > -now["stderr"]) & (now["coarse"] <= target**2)).all()):
             self._mu = max(min(self._mu, self.end), target)
+        elif bool((now["waited"] >= self.patience).any()):
+            self._mu = max(self._mu, min(self.start, self._mu / self.factor))
+            self._state = now | {"waited": torch.zeros_like(z)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mu": self._mu, "last_z": self._last_z.clone(), "last_coarse": self._last_coarse.clone()}
+        return {"mu": self._mu} | {name: value.clone() for name, value in self._state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._mu = float(state["mu"])
-        self._last_z = state["last_z"].detach().cpu().clone()
-        self._last_coarse = state["last_coarse"].detach().cpu().clone()
+        self._state = {name: state[name].detach().cpu().clone() for name in self._state}

@@ -1,0 +1,271 @@
+"""Rules that learn their multipliers: `ModifiedBarrier`, and the default, `AdaptiveBarrier`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .barriers import Readings, RelaxedLogBarrier, Rule
+
+#: Where the modified barrier's log is continued by a polynomial, as a share of mu.
+_BETA = 0.5
+#: Learned multipliers stay below this, so that bounds that cannot be met do not end in infinities.
+_MAX_MULTIPLIER = 1e4
+#: |z| within which an estimate may be at its bound, and above which it is surely violated, in standard errors.
+_NEAR, _FAR = 3.0, 4.0
+#: Of a sampled bound: the violation that counts in one step, and the share of the multiplier that a step grows with.
+_FAR_STEP, _GROWTH = 0.3, 0.2
+
+
+def _psi(u: Tensor, quadratic: bool) -> Tensor:
+    """-log(1 - u) for u <= beta, then the parabola that matches value, slope and curvature, or the tangent."""
+    inner = -torch.log1p(-u.clamp(max=_BETA))
+    v = u.clamp(min=_BETA)
+    if quadratic:
+        outer = (v * v / 2 + (1 - 2 * _BETA) * v - _BETA * (2 - 3 * _BETA) / 2) / (1 - _BETA) ** 2
+    else:
+        outer = (v - _BETA) / (1 - _BETA)
+    return torch.where(u <= _BETA, inner, outer - math.log(1 - _BETA))
+
+
+def _psi_slope(u: Tensor, quadratic: bool) -> Tensor:
+    """The derivative of `_psi`; 1 at u = 0."""
+    inner = 1 / (1 - u.clamp(max=_BETA))
+    v = u.clamp(min=_BETA)
+    outer = (v + 1 - 2 * _BETA) / (1 - _BETA) ** 2 if quadratic else torch.full_like(v, 1 / (1 - _BETA))
+    return torch.where(u <= _BETA, inner, outer)
+
+
+class _Learner(Rule):
+    r"""Learned multipliers: what `ModifiedBarrier` and `AdaptiveBarrier` share.
+
+    .. math:: \hat\lambda \leftarrow \hat\lambda + \frac{\gamma}{1 + t/\tau} \, g \, z_\text{window}, \qquad
+              \mu_t = \mu \sqrt{1 + t/\tau}
+
+    This is for sampled bounds. The newest window's z is used because the sum over steps averages by itself; an
+    averaged z would only add delay. What keeps it steady:
+
+    - Age t counts the windows that a bound has spent near its limit (within 3 standard errors). Averaging is
+      what a decaying step is for, and the noise that the barrier's own slope lets through, 1/mu, has to fall with it.
+    - While a violation is coming down (by a tenth within `patience` windows) the multiplier waits: an optimizer
+      takes its time, and what adds up meanwhile would overshoot, which a policy that has collapsed never undoes.
+      A step counts a violation up to 0.3, or 1 near the bound.
+    - A violation that does not come down starts the age over, and the step grows with the multiplier (g > 1).
+
+    Exact bounds take :math:`\gamma \max(1 - \gamma, \hat\lambda) (\psi'(z/\mu) - 1)`. At a step of 1 that is the
+    classical update, :math:`\hat\lambda \psi'(z/\mu)`, for solved inner problems; purely multiplicative, it could not
+    grow back from nearly 0 after an overshoot, and so smaller steps have a floor.
+    """
+
+    confidence = 0.5
+    learned: Tensor
+    age: Tensor
+    waited: Tensor
+    waited_at: Tensor
+    _learned: tuple[str, ...] = ("learned", "age", "waited", "waited_at")
+
+    def __init__(self, step: float, decay: float, patience: int) -> None:
+        if not 0 < step <= 1:
+            raise ValueError(f"step={step!r}; allowed: 0 < step <= 1")
+        if not decay > 0:
+            raise ValueError(f"decay={decay!r}; allowed: decay > 0 windows")
+        if not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"patience={patience!r}; allowed: an integer >= 1")
+        self.step, self.decay, self.patience = float(step), float(decay), patience
+
+    def start(self, num_bounds: int) -> None:
+        self.learned = torch.ones(num_bounds, dtype=torch.float64)
+        self.age, self.waited, self.waited_at = (torch.zeros_like(self.learned) for _ in range(3))
+
+    def _grown(self, mu: Tensor) -> Tensor:
+        """mu [m] of bounds of this age."""
+        return mu * (1 + self.age.to(mu) / self.decay).sqrt()
+
+    def _stalled(self, readings: Readings) -> Tensor:
+        """Count the windows of violations that do not come down by a tenth; which bounds [m] have used up patience."""
+        violated = readings.known & (readings.z > 2 * readings.stderr)
+        fresh = violated & ((self.waited == 0) | (readings.z < 0.9 * self.waited_at))
+        self.waited_at = torch.where(fresh, readings.z, self.waited_at)
+        waited = torch.where(fresh, 1.0, self.waited + violated)
+        self.waited = torch.where(readings.known & ~violated, 0.0, waited)
+        return self.waited >= self.patience
+
+    def _learn(self, readings: Readings, mask: Tensor, stalled: Tensor, slope: Tensor) -> None:
+        """One damped step of the bounds in ``mask`` [m].
+
+        ``stalled`` [m] are those that should not wait; ``slope`` [m] is psi' at the newest window's z.
+        """
+        z, stderr, noisy = readings.z, readings.stderr, readings.stderr > 0
+        near = noisy & (z.abs() < _NEAR * stderr)
+        age = torch.where(stalled, 0.0, self.age)
+        most = torch.where(near, 1.0, _FAR_STEP)
+        drive = torch.minimum(readings.window_z, most).clamp(min=-1)
+        drive = torch.where((z > _FAR * stderr) & ~stalled, drive.clamp(max=0), drive)
+        gain = 1 + _GROWTH * stalled * (self.learned - 1).clamp(min=0)
+        sampled_move = self.step / (1 + age / self.decay) * gain * drive
+        exact_move = self.step * self.learned.clamp(min=1 - self.step) * (slope - 1)
+        learned = (self.learned + torch.where(noisy, sampled_move, exact_move)).clamp(0, _MAX_MULTIPLIER)
+        self.learned = torch.where(mask, learned, self.learned)
+        self.age = torch.where(mask & near, age + 1, age)
+
+
+class ModifiedBarrier(_Learner):
+    r"""Learned multipliers on a shifted log barrier: exact at a fixed mu, with no m mu bias.
+
+    .. math:: B(z) = \mu \hat\lambda \, \psi(z/\mu), \quad \psi(u) = -\log(1-u), \qquad
+              \hat\lambda \leftarrow \hat\lambda + \gamma_t \, g \, z, \quad \gamma_t = \gamma_0 / (1 + t/\tau)
+
+    continued by a parabola for u > 1/2 (relaxed extrapolation). Needs no schedule. With noise the step decays and mu
+    grows with the age t of a bound, :math:`\mu \sqrt{1 + t/\tau}`; ARCHITECTURE.md, "The default rule hands over",
+    has the measurements.
+
+    Args:
+        mu: The barrier parameter, in units of the scale.
+        step: :math:`\gamma_0` in (0, 1].
+        decay: :math:`\tau`, in windows near the bound, after which the step has halved.
+        patience: Windows after which a violation that has not come down by a tenth makes the multiplier grow again.
+        extrapolation: ``"quadratic"`` (C2, the literature's) or ``"linear"``, whose multiplier is at most twice the
+            learned one: kinder to an infeasible start.
+
+    Raises:
+        ValueError: A parameter outside its range.
+
+    Example:
+        >>> ModifiedBarrier(mu=0.5).mu
+        0.5
+
+    Source: Polyak 1992; Nash, Polyak and Sofer 1994 (extrapolation).
+    """
+
+    def __init__(
+        self,
+        mu: float = 0.5,
+        *,
+        step: float = 0.05,
+        decay: float = 100.0,
+        patience: int = 20,
+        extrapolation: str = "quadratic",
+    ) -> None:
+        super().__init__(step, decay, patience)
+        if not (mu > 0 and math.isfinite(mu)):
+            raise ValueError(f"mu={mu!r}; allowed: mu > 0")
+        if extrapolation not in ("quadratic", "linear"):
+            raise ValueError(f"extrapolation={extrapolation!r}; allowed: 'quadratic' or 'linear'")
+        self.mu, self.extrapolation = float(mu), extrapolation
+        self._quadratic = extrapolation == "quadratic"
+
+    def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+        """mu lambda psi(z/mu) [m]."""
+        mu = self._grown(mu)
+        return mu * self.learned.to(z) * _psi(z / mu, self._quadratic)
+
+    def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+        """lambda psi'(z/mu) [m]."""
+        return self.learned.to(z) * _psi_slope(z / self._grown(mu), self._quadratic)
+
+    def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
+        """The damped multiplier step of every measured bound."""
+        slope = _psi_slope(readings.window_z / mu, self._quadratic)
+        self._learn(readings, readings.known, self._stalled(readings), slope)
+
+    def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The mu that noise has let grow."""
+        mu = self._grown(mu)
+        return mu, mu**2
+
+
+class AdaptiveBarrier(_Learner):
+    r"""The default: a relaxed log barrier that hands over to learned multipliers when mu stops falling.
+
+    Each bound starts as `RelaxedLogBarrier` (linear extension), which reaches feasibility from anywhere
+    without overshoot. Its plug-in multiplier mu/(-z) is only as good as z is precise, so mu cannot fall past
+    the noise of the estimates, and a bias of mu per bound would stay; and a small mu is stiff (gain lambda/mu),
+    so that it swings when estimates or the optimizer lag. So when noise stops mu, when mu has come down to
+    ``smallest_mu``, or when it has not fallen for `patience` windows (as while a bound is violated: its multiplier
+    is at most mu/s), a bound keeps its mu and becomes a `ModifiedBarrier` (linear extrapolation) that starts from
+    the multiplier then in force, which therefore does not jump. It has no horizon.
+
+    Args:
+        smallest_mu: mu at which tightening ends even without noise, > 0.
+        step: Initial step of the learned multipliers, in (0, 1].
+        decay: Windows near the bound after which the step has halved.
+        patience: Windows without a smaller mu after which bounds are handed over, and windows after which a
+            violation that has not come down by a tenth makes its multiplier grow again.
+
+    Raises:
+        ValueError: A parameter outside its range.
+
+    Example:
+        >>> AdaptiveBarrier().patience
+        20
+
+    Source: barrierlm; the two halves are L3Ms (arXiv 2410.21533) and Polyak 1992.
+    """
+
+    frozen_mu: Tensor
+    smallest_seen: Tensor
+    held: Tensor
+    _learned = ("learned", "age", "waited", "waited_at", "frozen_mu", "smallest_seen", "held")
+
+    #: The share of s from which on the noise counts as having stopped mu: just under one AdaptiveSchedule step.
+    _STOPPED = 0.8
+
+    def __init__(
+        self, smallest_mu: float = 0.5, *, step: float = 0.05, decay: float = 100.0, patience: int = 20
+    ) -> None:
+        super().__init__(step, decay, patience)
+        if not (smallest_mu > 0 and math.isfinite(smallest_mu)):
+            raise ValueError(f"smallest_mu={smallest_mu!r}; allowed: smallest_mu > 0")
+        self.smallest_mu = float(smallest_mu)
+        self._relaxed = RelaxedLogBarrier()
+
+    def start(self, num_bounds: int) -> None:
+        super().start(num_bounds)
+        self.frozen_mu, self.held = torch.zeros_like(self.learned), torch.zeros_like(self.learned)
+        self.smallest_seen = torch.full_like(self.learned, math.inf)
+
+    @property
+    def learning(self) -> Tensor:
+        """Which bounds [m] have been handed over."""
+        return self.frozen_mu > 0
+
+    def _mix(self, relaxed: Tensor, modified: Tensor) -> Tensor:
+        return torch.where(self.learning.to(relaxed.device), modified, relaxed)
+
+    def _own_mu(self, mu: Tensor) -> Tensor:
+        return self._grown(torch.where(self.learning, self.frozen_mu, 1.0).to(mu))
+
+    def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+        """The penalty [m] of whichever half is in force."""
+        own = self._own_mu(mu)
+        return self._mix(self._relaxed.value(z, mu, s), own * self.learned.to(z) * _psi(z / own, quadratic=False))
+
+    def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+        """The multiplier [m] of whichever half is in force."""
+        learned = self.learned.to(z) * _psi_slope(z / self._own_mu(mu), quadratic=False)
+        return self._mix(self._relaxed.multiplier(z, mu, s), learned)
+
+    def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
+        """Learn where handed over; hand over where mu has stopped."""
+        learning, known = self.learning, readings.known
+        stalled = self._stalled(readings)
+        falling = mu < 0.999 * self.smallest_seen
+        self.smallest_seen = torch.where(known, torch.minimum(mu, self.smallest_seen), self.smallest_seen)
+        self.held = torch.where(known, torch.where(falling, 1.0, self.held + 1), self.held)
+        # One bound's noise, or its end, holds the others' mu too.
+        stopped = (known & ((readings.noise >= self._STOPPED * mu**2) | (mu <= self.smallest_mu))).any()
+        hand_over = known & ~learning & (stopped | stalled | (self.held > self.patience))
+        # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
+        own = torch.maximum(mu, readings.noise.sqrt())
+        implied = self.multiplier(readings.z, own, own**2) / _psi_slope(readings.z / own, quadratic=False)
+        slope = _psi_slope(readings.window_z / self._own_mu(mu), quadratic=False)
+        self._learn(readings, learning & known, stalled, slope)
+        self.learned = torch.where(hand_over, implied, self.learned)
+        self.frozen_mu = torch.where(hand_over, own, self.frozen_mu)
+
+    def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The frozen mu, as noise has let it grow, where the bound has been handed over."""
+        own = torch.where(self.learning, self._own_mu(mu), mu)
+        return own, torch.where(self.learning, own**2, s)
