@@ -6,12 +6,14 @@
 
 from .barriers import AdaptiveBarrier, LogBarrier, ModifiedBarrier, Readings, RelaxedLogBarrier, Rule
 from .baselines import AugmentedLagrangian, DualAscent
+from .certificate import Certificate
 from .constraints import Constraint
 from .diagnostics import BoundState, Report
 from .estimators import EMA, BatchMean
 from .objective import BarrierObjective
 from .output import ObjectiveOutput
 from .packing import PackedBatch
+from .probe import GradientProbe
 from .sampling import Sampled
 from .schedules import AdaptiveSchedule, ConstantSchedule, ExponentialSchedule, Schedule
 
@@ -25,10 +27,12 @@ __all__ = [
     "BarrierObjective",
     "BatchMean",
     "BoundState",
+    "Certificate",
     "ConstantSchedule",
     "Constraint",
     "DualAscent",
     "ExponentialSchedule",
+    "GradientProbe",
     "LogBarrier",
     "ModifiedBarrier",
     "ObjectiveOutput",
