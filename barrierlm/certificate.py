@@ -110,11 +110,9 @@ class Certificate(NamedTuple):
             why = "2 batches give no interval" if batches == 2 else "the task gradient itself is within its noise"
             return f"{met}, but whether the point is stationary cannot be told: {why}. More batches may tell."
         value, low, high = (math.sqrt(max(x, 0)) for x in (rho2.value, rho2.low, rho2.high))
-        measured = f"{value:.2g} of the task gradient ({level} interval: {low:.2g} to {high:.2g})"
+        measured = f"{value:.0%} of the task gradient ({level} interval: {low:.0%} to {high:.0%})"
         if low > _SMALL:
-            return (
-                f"{met}, but the Lagrangian's gradient is not zero: {measured}. No stationary point, no gap is claimed."
-            )
+            return f"{met}, but the Lagrangian's gradient is not zero: {measured}. No stationary point, and no gap is claimed."
         if high > _SMALL:
             return (
                 f"{met}, but whether the point is stationary cannot be told: the Lagrangian's gradient is {measured}. "

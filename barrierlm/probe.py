@@ -31,8 +31,8 @@ class GradientProbe:
     within training, probe the micro-batches of a window and take the certificate before ``objective.step()``.
 
     On several ranks each adds its own batches, and `BarrierObjective.certificate` is called by all: it sums 2 P numbers
-    over the ranks, and the batches of all count. The parameters must be whole and equal on every rank (as under DDP,
-    whose wrapped module is to be called itself); sharded ones are not supported.
+    over the ranks, and the batches of all count. The parameters must be whole and equal on every rank (call the
+    module that DDP wraps, not the wrapper); sharded ones are not supported.
 
     Args:
         parameters: Those with respect to which the run is stationary: floating tensors that require grad, which the
