@@ -112,7 +112,10 @@ class Certificate(NamedTuple):
         value, low, high = (math.sqrt(max(x, 0)) for x in (rho2.value, rho2.low, rho2.high))
         measured = f"{value:.0%} of the task gradient ({level} interval: {low:.0%} to {high:.0%})"
         if low > _SMALL:
-            return f"{met}, but the Lagrangian's gradient is not zero: {measured}. No stationary point, and no gap is claimed."
+            return (
+                f"{met}, but the Lagrangian's gradient is not zero: {measured}. No stationary point, and no gap is "
+                "claimed."
+            )
         if high > _SMALL:
             return (
                 f"{met}, but whether the point is stationary cannot be told: the Lagrangian's gradient is {measured}. "
@@ -140,7 +143,9 @@ class Certificate(NamedTuple):
             for name, number in numbers
         ]
         parts = [table(head, body), table(("", "estimate", "+-", ends), lines)]
-        notes = [] if math.isnan(self.mu_sum) else [f"sum of mu: {self.mu_sum:.4g}"]
+        notes = ["z averages over recent windows; it is about the recent policy, not exactly the last one"]
+        if not math.isnan(self.mu_sum):
+            notes.append(f"sum of mu: {self.mu_sum:.4g}")
         if self.stationarity is not None:
             s = self.stationarity
             notes.append(f"|t|: {s.task_norm:.4g}, |c|: {s.constraint_norm:.4g}, from {s.num_batches} batches")

@@ -97,7 +97,7 @@ def test_both_sides_of_a_constraint_share_an_estimate():
     """Standard errors: |lambda_upper - lambda_lower| within a constraint, summed between constraints."""
     both, one = Constraint("both", lower=0.0, upper=2.0, scale=0.5), Constraint("one", upper=1.0, scale=4.0)
     objective = relaxed([both, one], mu=0.3)
-    objective.calibrate({"both": torch.tensor([0.5, 1.5, 2.0, 0.1]), "one": torch.tensor([0.0, 1.0])})
+    objective.calibrate({"both": torch.tensor([0.5, 1.0, 1.2, 0.1]), "one": torch.tensor([0.0, 1.0])})
     certificate = objective.certificate(level=0.9)
     low, high, single = objective.report()
     assert [b.per_unit for b in certificate.bounds] == [r.multiplier / r.scale for r in (low, high, single)]
@@ -276,8 +276,8 @@ def test_sentence_without_gradients():
     assert certificate.stationarity is None
     assert certificate.sentence == (
         "The bound is met or active. If loss and bounds are convex, the task loss is at most 0.1 above the best "
-        "possible within these bounds (95% confidence), provided that the Lagrangian's gradient is zero, which was not measured "
-        "(a GradientProbe does)."
+        "possible within these bounds (95% confidence), provided that the Lagrangian's gradient is zero, which was not "
+        "measured (a GradientProbe does)."
     )
 
 
