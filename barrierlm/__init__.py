@@ -6,6 +6,7 @@
 
 from .barriers import LogBarrier, Readings, RelaxedLogBarrier, Rule
 from .baselines import AugmentedLagrangian, DualAscent
+from .certificate import Certificate
 from .constraints import Constraint
 from .diagnostics import BoundState, Report
 from .estimators import EMA, BatchMean
@@ -13,6 +14,7 @@ from .learning import AdaptiveBarrier, ModifiedBarrier
 from .objective import BarrierObjective
 from .output import ObjectiveOutput
 from .packing import PackedBatch
+from .probe import GradientProbe
 from .sampling import Sampled
 from .schedules import AdaptiveSchedule, ConstantSchedule, ExponentialSchedule, Schedule
 
@@ -26,10 +28,12 @@ __all__ = [
     "BarrierObjective",
     "BatchMean",
     "BoundState",
+    "Certificate",
     "ConstantSchedule",
     "Constraint",
     "DualAscent",
     "ExponentialSchedule",
+    "GradientProbe",
     "LogBarrier",
     "ModifiedBarrier",
     "ObjectiveOutput",

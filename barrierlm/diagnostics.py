@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +46,16 @@ class Report(tuple[BoundState, ...]):
             )
             for row in self
         ]
-        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (head, *body)
-        )
+        return table(head, body)
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Lines of cells in columns that are as wide as they need to be."""
+    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (head, *body)
+    )
 
 
 class FeasibilityWatch:

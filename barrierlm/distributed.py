@@ -28,3 +28,17 @@ def sum_over_ranks(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     buffer = sums.detach().to(torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu", copy=True)
     dist.all_reduce(buffer, op=dist.ReduceOp.SUM, group=group)
     return buffer.cpu()
+
+
+def rows_of_all_ranks(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The ranks' rows [n, d] below each other, on every rank, in fp64 on the CPU; n may differ and be 0."""
+    ranks = world_size(group)
+    if ranks == 1:
+        return rows.double().cpu()
+    rank = dist.get_rank(group)
+    counts = torch.zeros(ranks, dtype=torch.float64)
+    counts[rank] = len(rows)
+    ends = sum_over_ranks(counts, group).cumsum(0).long().tolist()
+    everything = torch.zeros(ends[-1], rows.shape[1], dtype=torch.float64)
+    everything[ends[rank] - len(rows) : ends[rank]] = rows
+    return sum_over_ranks(everything, group)

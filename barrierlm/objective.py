@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .barriers import Rule
+from .certificate import Certificate, certify
 from .checks import check_call, check_rows
 from .committed import Committed
 from .constraints import Bounds, Constraint
@@ -22,6 +23,7 @@ from .estimators import EMA, Column
 from .learning import AdaptiveBarrier
 from .output import ObjectiveOutput
 from .packing import PackedBatch
+from .probe import GradientProbe
 from .sampling import Measured, Sampled, measure_value
 from .schedules import AdaptiveSchedule, Schedule
 from .window import Window
@@ -387,6 +389,26 @@ class BarrierObjective:
         ``violated``, ``infeasible together with ...`` or ``unknown`` (not measured yet).
         """
         return self._committed.report
+
+    def certificate(self, gradients: GradientProbe | None = None, *, level: float = 0.95) -> Certificate:
+        """What may be claimed: multipliers, a bound on the gap to the optimum, how stationary the point is.
+
+        Changes nothing. See `Certificate` for the math and its conditions.
+
+        Args:
+            gradients: A `GradientProbe` of at least two batches of the window that is open; None: without the
+                stationarity. On several ranks, called by all of them.
+            level: Of each interval, in (0, 1).
+
+        Returns:
+            A `Certificate`; it prints as a table and a plain sentence.
+
+        Raises:
+            TypeError: Something that is no `GradientProbe`.
+            ValueError: ``level`` outside its range, fewer than two batches, or taken under other multipliers.
+            RuntimeError: Nothing measured yet.
+        """
+        return certify(self._committed, gradients, level, self.process_group)
 
     def metrics(self) -> dict[str, float]:
         """The committed state as flat floats; names as in the design: ``constraints/<name>/...``, ``barrier/...``.
