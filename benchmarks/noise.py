@@ -1,6 +1,6 @@
 """Which rule holds under sampling noise: `python -m benchmarks.noise` prints one row per rule.
 
-Problem 4 of tests/core/problems.py: minimise KL(p || q) over 50 outcomes with E[c] <= 0 and a true multiplier of
+Problem 4 of tests/problems.py: minimise KL(p || q) over 50 outcomes with E[c] <= 0 and a true multiplier of
 0.69, from 16 samples a step (Adam 0.02, EMA 0.1). Numbers are over the last quarter of the run; E[c] should be 0.
 """
 
@@ -15,7 +15,7 @@ from barrierlm import (
     ModifiedBarrier,
     RelaxedLogBarrier,
 )
-from tests.core.problems import sampled_run
+from tests.problems import sampled_run
 
 RULES = {
     "RelaxedLogBarrier, mu 1 to 0.01, no noise floor": lambda n: {
