@@ -4,6 +4,7 @@
 (`AdaptiveBarrier` unless told otherwise) turns violations into multipliers. Needs torch alone.
 """
 
+from .balance import SplitGradients
 from .barriers import AdaptiveBarrier, LogBarrier, ModifiedBarrier, Readings, RelaxedLogBarrier, Rule
 from .baselines import AugmentedLagrangian, DualAscent
 from .constraints import Constraint
@@ -39,4 +40,5 @@ __all__ = [
     "Rule",
     "Sampled",
     "Schedule",
+    "SplitGradients",
 ]

@@ -107,7 +107,17 @@ def test_public_names_are_documented(thing):
                 assert inspect.getdoc(member), f"{name} is not documented"
 
 
-MODULES = ["baselines", "barriers", "constraints", "estimators", "objective", "packing", "sampling", "schedules"]
+MODULES = [
+    "balance",
+    "baselines",
+    "barriers",
+    "constraints",
+    "estimators",
+    "objective",
+    "packing",
+    "sampling",
+    "schedules",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
