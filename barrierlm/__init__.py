@@ -7,6 +7,7 @@
 from .balance import SplitGradients
 from .barriers import AdaptiveBarrier, LogBarrier, ModifiedBarrier, Readings, RelaxedLogBarrier, Rule
 from .baselines import AugmentedLagrangian, DualAscent
+from .best import BestFeasible
 from .constraints import Constraint
 from .diagnostics import BoundState, Report
 from .estimators import EMA, BatchMean
@@ -25,6 +26,7 @@ __all__ = [
     "AugmentedLagrangian",
     "BarrierObjective",
     "BatchMean",
+    "BestFeasible",
     "BoundState",
     "ConstantSchedule",
     "Constraint",

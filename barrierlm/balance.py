@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -124,7 +123,7 @@ class SplitGradients:
         """
         if not isinstance(out, ObjectiveOutput):
             raise TypeError(f"out is a {type(out).__name__}; allowed: what a call of the objective returned")
-        if isinstance(divisor, bool) or not isinstance(divisor, Real) or not 0 < float(divisor) < math.inf:
+        if not (isinstance(divisor, int | float) and 0 < divisor < math.inf):
             raise ValueError(f"divisor={divisor!r}; allowed: a finite number > 0")
         if out._parts is None:
             raise ValueError(
@@ -166,7 +165,7 @@ class SplitGradients:
         for argument, value in (("max_norm", max_norm), ("constraint_max_norm", constraint_max_norm)):
             if value is None and argument == "constraint_max_norm":
                 continue
-            if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
+            if not (isinstance(value, int | float) and value > 0):
                 raise ValueError(f"{argument}={value!r}; allowed: a number > 0 (math.inf: no clipping)")
         limits = (max_norm, 2 * max_norm if constraint_max_norm is None else constraint_max_norm)
         trained = [i for i, p in enumerate(self._parameters) if p.requires_grad]

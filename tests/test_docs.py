@@ -111,6 +111,7 @@ MODULES = [
     "balance",
     "baselines",
     "barriers",
+    "best",
     "constraints",
     "estimators",
     "objective",

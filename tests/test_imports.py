@@ -27,6 +27,7 @@ LAYERS = {
     "current": {"committed", "estimators", "sampling"},
     "linear": {"committed", "estimators", "packing", "sampling"},
     "output": {"diagnostics"},
+    "best": {"diagnostics"},
     "balance": {"distributed", "output"},
     "objective": {
         "barriers",
