@@ -257,6 +257,24 @@ def test_with_a_grad_scaler():
     assert all(torch.equal(before[key], value) for key, value in scaled.state_dict().items())
 
 
+def test_low_precision_beside_full():
+    """A bf16 weight keeps its dtype, and its norm is taken in fp32."""
+    low, full = torch.ones(4096, dtype=torch.bfloat16, requires_grad=True), exact([1.0])
+    objective = relaxed([C], mu=1.0)
+    value = low.float().sum() + 3 * full.sum()
+    objective.combine(None, {"c": value})
+    objective.step()
+    parts = SplitGradients([low, full])
+    weight = objective.report()[0].multiplier / objective.report()[0].scale
+    parts.backward(objective.combine(2 * full.sum(), {"c": low.float().sum() + 3 * full.sum()}))
+    norms = parts.clip_(math.inf, weight * math.sqrt(4096 + 9) / 2)
+    assert norms.constraint.item() == pytest.approx(weight * math.sqrt(4096 + 9), rel=1e-6)
+    assert norms.cosine.item() == pytest.approx(3 / math.sqrt(4096 + 9), rel=1e-6)
+    assert low.grad.dtype == torch.bfloat16
+    assert low.grad.float().unique().tolist() == pytest.approx([weight / 2], rel=2**-8)
+    assert full.grad.item() == pytest.approx(2 + 1.5 * weight, rel=1e-6)
+
+
 def test_mistakes():
     theta = exact([1.0])
     for given, error, message in (

@@ -379,7 +379,7 @@ def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path, lora_r
     With every weight trained the head's gradient, made inside the model's forward, must be averaged as well.
     """
     rows = []
-    overrides = [*overrides, f"model.lora_rank={lora_rank}"]
+    overrides = [*overrides, f"model.lora_rank={lora_rank}", f"keep_best={'true' if lora_rank else 'false'}"]
     for processes, size in ((2, 2), (1, 4)):
         folder = tmp_path / str(processes)
         extra = [f"optim.batch_size={size}", f"rollout.prompts={size}", f"output_dir={folder}", "save_model=false"]
@@ -391,11 +391,13 @@ def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path, lora_r
         assert rows[0][0][key] == pytest.approx(rows[1][0][key], rel=1e-4)
     assert (tmp_path / "2" / "checkpoints" / "step-000004" / "random-1.pt").exists()
     newest = tmp_path / "2" / "checkpoints" / "step-000004"
-    whole = torch.load(newest / "state.pt", weights_only=True)["weights"]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    whole = state["weights"] + (state["best"]["copy"] if lora_rank else [])
     shutil.rmtree(newest)  # as if stopped after step 2
     extra = ["optim.batch_size=2", "rollout.prompts=2", f"output_dir={tmp_path / '2'}", "save_model=false"]
     launch(2, [*overrides, *extra, "checkpoint_every=2", "resume=true"])
-    resumed = torch.load(newest / "state.pt", weights_only=True)["weights"]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    resumed = state["weights"] + (state["best"]["copy"] if lora_rank else [])
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
