@@ -4,8 +4,10 @@
 (`AdaptiveBarrier` unless told otherwise) turns violations into multipliers. Needs torch alone.
 """
 
+from .balance import SplitGradients
 from .barriers import LogBarrier, Readings, RelaxedLogBarrier, Rule
 from .baselines import AugmentedLagrangian, DualAscent
+from .best import BestFeasible
 from .certificate import Certificate
 from .constraints import Constraint
 from .diagnostics import BoundState, Report
@@ -27,6 +29,7 @@ __all__ = [
     "AugmentedLagrangian",
     "BarrierObjective",
     "BatchMean",
+    "BestFeasible",
     "BoundState",
     "Certificate",
     "ConstantSchedule",
@@ -44,4 +47,5 @@ __all__ = [
     "Rule",
     "Sampled",
     "Schedule",
+    "SplitGradients",
 ]

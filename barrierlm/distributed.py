@@ -1,6 +1,8 @@
-"""The only collective of this package, and the facts about ranks."""
+"""The collectives of this package, and the facts about ranks."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -42,3 +44,29 @@ def rows_of_all_ranks(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     everything = torch.zeros(ends[-1], rows.shape[1], dtype=torch.float64)
     everything[ends[rank] - len(rows) : ends[rank]] = rows
     return sum_over_ranks(everything, group)
+
+
+def combine_over_ranks(
+    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], group: dist.ProcessGroup | None, *, mean: bool
+) -> list[Tensor | None]:
+    """The sum, or mean, over the group of every parameter's gradient; None counts as 0 where another rank has one.
+
+    One all-reduce per device and dtype, whatever each rank has a gradient of. Waits for the device.
+    """
+    result = list(gradients)
+    ranks = world_size(group)
+    if ranks == 1:
+        return result
+    for kind in dict.fromkeys((p.device, p.dtype) for p in parameters):
+        mine = [i for i, p in enumerate(parameters) if (p.device, p.dtype) == kind]
+        pieces = [torch.zeros_like(parameters[i]) if (g := gradients[i]) is None else g for i in mine]
+        # The last entries count the ranks that have a gradient: what no rank has stays None, as in one process.
+        present = pieces[0].new_tensor([gradients[i] is not None for i in mine])
+        flat = torch.cat([*(piece.detach().reshape(-1) for piece in pieces), present])
+        if mean:
+            flat /= ranks
+        dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=group)
+        *combined, present = flat.split([*(piece.numel() for piece in pieces), len(mine)])
+        for i, piece, anywhere in zip(mine, combined, present.tolist(), strict=True):
+            result[i] = piece.view_as(parameters[i]) if anywhere else None
+    return result

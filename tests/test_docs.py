@@ -108,10 +108,13 @@ def test_public_names_are_documented(thing):
 
 
 MODULES = [
-    "baselines",
+    "balance",
     "barriers",
+    "baselines",
+    "best",
     "constraints",
     "estimators",
+    "learning",
     "objective",
     "packing",
     "probe",

@@ -31,6 +31,8 @@ LAYERS = {
     "output": {"diagnostics"},
     "probe": {"distributed", "estimators", "output"},
     "certificate": {"barriers", "committed", "diagnostics", "intervals", "probe"},
+    "best": {"diagnostics"},
+    "balance": {"distributed", "output"},
     "objective": {
         "barriers",
         "certificate",

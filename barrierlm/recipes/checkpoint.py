@@ -15,13 +15,14 @@ from torch import nn
 
 from barrierlm import BarrierObjective
 
+from .best import BestWeights
 from .config import ConfigError
 
 _KEEP = 2
 
 
 class Checkpoints:
-    """Folders ``step-000020`` with the trained weights, optimizer, objective and random states.
+    """Folders ``step-000020`` with the trained weights (and the best ones), optimizer, objective and random states.
 
     The data position needs no saving: `DataOrder` is a function of the step.
 
@@ -31,6 +32,7 @@ class Checkpoints:
         weights: The trained parameters.
         optimizer: Their optimizer.
         objective: Or None.
+        best: Or None.
     """
 
     def __init__(
@@ -40,9 +42,10 @@ class Checkpoints:
         weights: Sequence[nn.Parameter],
         optimizer: Any,
         objective: BarrierObjective | None,
+        best: BestWeights | None = None,
     ) -> None:
         self.folder, self.accelerator = folder, accelerator
-        self.weights, self.optimizer, self.objective = weights, optimizer, objective
+        self.weights, self.optimizer, self.objective, self.best = weights, optimizer, objective, best
 
     def save(self, step: int) -> None:
         """Save after ``step`` optimizer steps: into a temporary folder, renamed when complete."""
@@ -57,6 +60,7 @@ class Checkpoints:
                 "weights": [p.detach().cpu() for p in self.weights],
                 "optimizer": self.optimizer.state_dict(),
                 "objective": None if self.objective is None else self.objective.state_dict(),
+                "best": None if self.best is None else self.best.state_dict(),
             }
             _write(state, unfinished / "state.pt")
         self.accelerator.wait_for_everyone()
@@ -88,7 +92,7 @@ class Checkpoints:
             The number of optimizer steps that it had taken.
 
         Raises:
-            ConfigError: There is none, or it is of another number of processes or another model.
+            ConfigError: There is none, or it is of another number of processes, another model or ``keep_best``.
             ValueError: It is of other constraints.
         """
         complete = self._complete()
@@ -106,12 +110,20 @@ class Checkpoints:
         shapes, given = [p.shape for p in state["weights"]], [p.shape for p in self.weights]
         if shapes != given or (state["objective"] is None) != (self.objective is None):
             raise ConfigError(f"{newest} is of another model or of other constraints; allowed: the same options")
+        best = state.get("best")
+        if (best is None) != (self.best is None):
+            raise ConfigError(
+                f"{newest} is of a run with keep_best={best is not None}; allowed: the same (the states before it "
+                "cannot be compared any more)"
+            )
         if self.objective is not None:
             self.objective.load_state_dict(state["objective"])
         with torch.no_grad():
             for p, saved in zip(self.weights, state["weights"], strict=True):
                 p.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.best is not None:
+            self.best.load_state_dict(best)
         rank = self.accelerator.process_index
         _set_random_state(torch.load(newest / f"random-{rank}.pt", map_location="cpu", weights_only=True))
         return int(state["step"])

@@ -66,6 +66,8 @@ def load_options(path: str | Path | None = None, overrides: Sequence[str] = ()) 
         _check_range(key, spec.metadata, value)
     for name, constraint in options.constraints.items():
         _check_constraint(options, name, constraint)
+    if options.keep_best and not options.constraints:
+        raise ConfigError("keep_best=True without constraints; allowed: with at least one, which a state can meet")
     return options
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from .best import BestWeights
 from .evaluate import Evaluation, evaluate, print_evaluations, write_summary
 from .figure import draw_figure
-from .finetune import train
+from .finetune import evaluate_best, train
 from .model import save_model
 from .options import Options
 from .workspace import Workspace, build_objective, open_workspace
@@ -24,7 +25,7 @@ def demo(options: Options) -> dict[str, Evaluation]:
         options: Checked options with at least one constraint.
 
     Returns:
-        The evaluations ``start``, ``sft`` and ``constrained``.
+        The evaluations ``start``, ``sft`` and ``constrained``, and with ``keep_best`` ``best``.
 
     Raises:
         ConfigError, ModuleNotFoundError: See `open_workspace` and `build_objective`.
@@ -39,14 +40,17 @@ def demo(options: Options) -> dict[str, Evaluation]:
     for name, constrained in (("sft", False), ("constrained", True)):
         workspace.reset()
         target = folder if constrained else folder / name
-        seconds = train(workspace, target, constrained=constrained, label=name)
+        best = BestWeights(workspace.policy.trained()) if constrained and options.keep_best else None
+        seconds = train(workspace, target, constrained=constrained, label=name, best=best)
         evaluations[name] = evaluate(workspace, seconds)
         _say(workspace, name, evaluations[name])
+    if main and options.save_model:
+        save_model(workspace.policy, workspace.tokenizer, options.model, folder / "model")
+    if best is not None:
+        evaluations |= evaluate_best(workspace, best, folder, seconds)
     if main:
         write_summary(folder, evaluations)
         draw_figure(folder / "metrics.jsonl", options.constraints, folder / "figure.png")
-        if options.save_model:
-            save_model(workspace.policy, workspace.tokenizer, options.model, folder / "model")
     print_evaluations(workspace.console, evaluations)
     workspace.console.print(
         f"Written to {folder}: metrics.jsonl, summary.json, figure.png", highlight=False, soft_wrap=True

@@ -14,6 +14,7 @@ import torch
 
 from barrierlm import BarrierObjective, Sampled
 
+from .best import BestWeights
 from .checkpoint import Checkpoints
 from .config import to_yaml
 from .costs import measure_rollouts
@@ -42,18 +43,40 @@ def finetune(options: Options) -> Evaluation:
     build_objective(options)  # its errors come before anything is loaded
     workspace = open_workspace(options)
     folder = Path(options.output_dir)
-    seconds = train(workspace, folder)
-    evaluation = evaluate(workspace, seconds)
+    best = BestWeights(workspace.policy.trained()) if options.keep_best else None
+    seconds = train(workspace, folder, best=best)
+    evaluations = {"final": evaluate(workspace, seconds)}
+    if workspace.accelerator.is_main_process and options.save_model:
+        save_model(workspace.policy, workspace.tokenizer, options.model, folder / "model")
+    if best is not None:
+        evaluations |= evaluate_best(workspace, best, folder, seconds)
     if workspace.accelerator.is_main_process:
-        write_summary(folder, {"final": evaluation})
+        write_summary(folder, evaluations)
         draw_figure(folder / "metrics.jsonl", options.constraints, folder / "figure.png")
-        if options.save_model:
-            save_model(workspace.policy, workspace.tokenizer, options.model, folder / "model")
-    print_evaluations(workspace.console, {"final": evaluation})
-    return evaluation
+    print_evaluations(workspace.console, evaluations)
+    return evaluations["final"]
 
 
-def train(workspace: Workspace, folder: Path, *, constrained: bool = True, label: str = "training") -> float:
+def evaluate_best(workspace: Workspace, best: BestWeights, folder: Path, seconds: float) -> dict[str, Evaluation]:
+    """Say which state was the best, evaluate it as ``best``, and write its weights to ``folder / "best"``."""
+    workspace.console.print(f"best: {best.choice}", highlight=False, markup=False, soft_wrap=True)
+    if best.copy is None:
+        return {}
+    with best.in_place():
+        evaluation = evaluate(workspace, seconds)
+        if workspace.accelerator.is_main_process and workspace.options.save_model:
+            save_model(workspace.policy, workspace.tokenizer, workspace.options.model, folder / "best")
+    return {"best": evaluation}
+
+
+def train(
+    workspace: Workspace,
+    folder: Path,
+    *,
+    constrained: bool = True,
+    label: str = "training",
+    best: BestWeights | None = None,
+) -> float:
     """Train from the current weights; metrics.jsonl, config.yaml and checkpoints go to ``folder``.
 
     Args:
@@ -61,6 +84,7 @@ def train(workspace: Workspace, folder: Path, *, constrained: bool = True, label
         folder: Made if it does not exist.
         constrained: False: plain supervised fine-tuning on the same pairs in the same order.
         label: Name in the progress bar.
+        best: Keeps the best weights of a constrained run.
 
     Returns:
         Seconds that it took.
@@ -72,7 +96,7 @@ def train(workspace: Workspace, folder: Path, *, constrained: bool = True, label
     optimizer = torch.optim.AdamW(weights, lr=1.0, betas=betas, weight_decay=options.optim.weight_decay)
     model, optimizer = accelerator.prepare(workspace.policy, optimizer)
     torch.manual_seed(options.seed * 1_000_003 + accelerator.process_index)
-    checkpoints = Checkpoints(folder / "checkpoints", accelerator, weights, optimizer, objective)
+    checkpoints = Checkpoints(folder / "checkpoints", accelerator, weights, optimizer, objective, best)
     if options.checkpoint_every and not options.resume:
         checkpoints.refuse_older()
     first = checkpoints.load() if options.resume else 0
@@ -90,6 +114,8 @@ def train(workspace: Workspace, folder: Path, *, constrained: bool = True, label
             metrics = train_step(workspace, model, optimizer, objective, step)
             metrics_file.write(step + 1, {"lr": learning_rate(step, options.optim), **metrics})
             bar.update(metrics["loss/task"], objective)
+            if best is not None and objective is not None:
+                best.update(objective.report(), metrics["loss/task"])
             if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0:
                 checkpoints.save(step + 1)
     return time.perf_counter() - began

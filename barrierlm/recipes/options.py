@@ -126,5 +126,10 @@ class Options:
     seed: int = _option(0, "seed of the data order, the adapters and the sampling", low=0)
     output_dir: str = _option("runs/finetune", "folder of metrics, checkpoints, summary, figure and weights")
     checkpoint_every: int = _option(0, "steps between checkpoints; 0: none", low=0)
+    keep_best: bool = _option(
+        False,
+        "also keep the weights of the best state that met all bounds with confidence (else of the least violated one), "
+        "evaluate them at the end, and write them to output_dir/best with save_model",
+    )
     resume: bool = _option(False, "continue from the newest checkpoint in output_dir")
     save_model: bool = _option(True, "write the trained weights to output_dir/model")

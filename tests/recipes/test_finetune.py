@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from barrierlm.cli import main
+from barrierlm.recipes.best import BestWeights
 from barrierlm.recipes.config import ConfigError, load_options
 from barrierlm.recipes.data import Tokens
 from barrierlm.recipes.demo import demo
@@ -71,13 +73,12 @@ def test_a_whole_run(overrides: list[str], tmp_path: Path):
     assert load_options(folder / "config.yaml") == options
 
 
-@pytest.mark.parametrize("changes", [[], ["model.lora_rank=0", "optim.gradient_accumulation=2"]])
+@pytest.mark.parametrize("changes", [["keep_best=true"], ["model.lora_rank=0", "optim.gradient_accumulation=2"]])
 def test_a_resumed_run_is_bit_equal(overrides: list[str], tmp_path: Path, changes: list[str]):
     overrides = [*overrides, *changes, "checkpoint_every=2", "save_model=false"]
     whole = load_options(None, [*overrides, f"output_dir={tmp_path / 'whole'}"])
     finetune(whole)
     cut = load_options(None, [*overrides, f"output_dir={tmp_path / 'cut'}"])
-    workspace = open_workspace(cut)
     stop = RuntimeError("power cut")
 
     def fail(step: int, *args: object) -> float:
@@ -88,7 +89,7 @@ def test_a_resumed_run_is_bit_equal(overrides: list[str], tmp_path: Path, change
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("barrierlm.recipes.finetune.learning_rate", fail)
         with pytest.raises(RuntimeError, match="power cut"):
-            train(workspace, Path(cut.output_dir))
+            finetune(cut)
     assert len(metrics(tmp_path / "cut")) == 3
     torch.manual_seed(99)
     finetune(load_options(None, [*overrides, f"output_dir={tmp_path / 'cut'}", "resume=true"]))
@@ -98,9 +99,71 @@ def test_a_resumed_run_is_bit_equal(overrides: list[str], tmp_path: Path, change
         for run in ("whole", "cut")
     ]
     assert all(torch.equal(a, b) for a, b in zip(states[0]["weights"], states[1]["weights"], strict=True))
-    results = [json.loads((tmp_path / run / "summary.json").read_text())["runs"]["final"] for run in ("whole", "cut")]
-    assert results[0]["nll"] == results[1]["nll"]
-    assert results[0]["constraints"] == results[1]["constraints"]
+    summaries = [json.loads((tmp_path / run / "summary.json").read_text())["runs"] for run in ("whole", "cut")]
+    assert list(summaries[0]) == list(summaries[1]) == (["final", "best"] if whole.keep_best else ["final"])
+    for name, result in summaries[0].items():
+        assert result["nll"] == summaries[1][name]["nll"]
+        assert result["constraints"] == summaries[1][name]["constraints"]
+    if whole.keep_best:
+        best = [state["best"] for state in states]
+        assert best[0]["choice"] == best[1]["choice"]
+        assert best[0]["choice"]["best"][0] < 4  # made before the end, and kept through the cut
+        assert all(torch.equal(a, b) for a, b in zip(best[0]["copy"], best[1]["copy"], strict=True))
+
+
+@pytest.mark.parametrize(("lower", "upper", "met"), [(1, 12, True), (10, 12, False)])
+def test_the_best_state_is_kept(
+    overrides: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    lower: int,
+    upper: int,
+    met: bool,
+):
+    """Training that goes wrong after step 5: what is kept are the weights of the state before, chosen by then."""
+    weights, choices, update = [], [], BestWeights.update
+
+    def record(self: BestWeights, *args: object) -> None:
+        update(self, *args)  # type: ignore[arg-type]
+        weights.append([p.detach().clone() for p in self.weights])
+        choices.append(self.choice)
+
+    monkeypatch.setattr(BestWeights, "update", record)
+    monkeypatch.setattr("barrierlm.recipes.finetune.learning_rate", lambda step, _: 0.1 if step < 5 else 3.0)
+    bounds = [f"constraints.length.lower={lower}", f"constraints.length.upper={upper}"]
+    more = ["keep_best=true", "rollout.max_new_tokens=24", "rollout.prompts=16", "optim.steps=8"]
+    options = load_options(None, [*overrides, *bounds, *more])
+    final = finetune(options)
+    folder, choice = Path(options.output_dir), choices[-1]
+    assert len(weights) == 8
+    assert choice.feasible == met
+    assert choice.step < 8
+    assert f"best: {choice}\n" in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())["runs"]
+    assert list(summary) == ["final", "best"]
+    assert summary["final"]["nll"] == final.nll
+    if met:  # else it is the violation that decides
+        assert summary["best"]["nll"] < final.nll
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {row["run"] for row in rows} == {"final", "best"}
+    saved = [load_file(folder / name / "adapter_model.safetensors") for name in ("best", "model")]
+    for tensors, expected in zip(saved, (weights[choice.step - 1], weights[-1]), strict=True):
+        assert len(tensors) == len(expected)
+        assert sorted(t.double().sum().item() for t in tensors.values()) == sorted(
+            t.double().sum().item() for t in expected
+        )
+
+
+def test_the_demo_keeps_the_best_state_too(overrides: list[str]):
+    evaluations = demo(load_options(None, [*overrides, "keep_best=true", "save_model=false"]))
+    assert list(evaluations) == ["start", "sft", "constrained", "best"]
+
+
+def test_keeping_the_best_needs_constraints(overrides: list[str]):
+    none = [o for o in overrides if not o.startswith("constraints.")]
+    with pytest.raises(ConfigError, match="keep_best=True without constraints; allowed"):
+        load_options(None, [*none, "keep_best=true"])
 
 
 def test_resuming_what_does_not_fit(overrides: list[str]):
@@ -109,6 +172,8 @@ def test_resuming_what_does_not_fit(overrides: list[str]):
     finetune(load_options(None, [*overrides, "checkpoint_every=4", "save_model=false"]))
     with pytest.raises(ConfigError, match="of another model or of other constraints"):
         finetune(load_options(None, [*overrides, "resume=true", "model.lora_rank=3"]))
+    with pytest.raises(ConfigError, match="of a run with keep_best=False; allowed: the same"):
+        finetune(load_options(None, [*overrides, "resume=true", "keep_best=true"]))
 
 
 def test_a_new_run_does_not_touch_the_checkpoints_of_an_older_one(overrides: list[str]):
@@ -314,7 +379,7 @@ def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path, lora_r
     With every weight trained the head's gradient, made inside the model's forward, must be averaged as well.
     """
     rows = []
-    overrides = [*overrides, f"model.lora_rank={lora_rank}"]
+    overrides = [*overrides, f"model.lora_rank={lora_rank}", f"keep_best={'true' if lora_rank else 'false'}"]
     for processes, size in ((2, 2), (1, 4)):
         folder = tmp_path / str(processes)
         extra = [f"optim.batch_size={size}", f"rollout.prompts={size}", f"output_dir={folder}", "save_model=false"]
@@ -326,11 +391,13 @@ def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path, lora_r
         assert rows[0][0][key] == pytest.approx(rows[1][0][key], rel=1e-4)
     assert (tmp_path / "2" / "checkpoints" / "step-000004" / "random-1.pt").exists()
     newest = tmp_path / "2" / "checkpoints" / "step-000004"
-    whole = torch.load(newest / "state.pt", weights_only=True)["weights"]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    whole = state["weights"] + (state["best"]["copy"] if lora_rank else [])
     shutil.rmtree(newest)  # as if stopped after step 2
     extra = ["optim.batch_size=2", "rollout.prompts=2", f"output_dir={tmp_path / '2'}", "save_model=false"]
     launch(2, [*overrides, *extra, "checkpoint_every=2", "resume=true"])
-    resumed = torch.load(newest / "state.pt", weights_only=True)["weights"]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    resumed = state["weights"] + (state["best"]["copy"] if lora_rank else [])
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
