@@ -154,7 +154,7 @@ _ALL = (
             "gamma=0.1": {},
             "gamma=0.9, in units": {"gamma": 0.9, "in_units": True},
             "gamma=0.97, in units": {"gamma": 0.97, "in_units": True},
-            "gamma=0.9, penalty 1, in units": {"gamma": 0.9, "penalty_update": "const", "in_units": True},
+            "gamma=0.99, in units": {"gamma": 0.99, "in_units": True},
         },
     ),
 )

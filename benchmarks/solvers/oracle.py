@@ -64,7 +64,7 @@ def summary(rows: list[Row]) -> list[Row]:
                     "seeds": len(group),
                     "above": share,
                     "gap": gap,
-                    "over_frontier": None if best is None else gap / best,
+                    "over_frontier": gap / best if best is not None and best > 0 else None,
                     "multiplier": sum(main) / len(main),
                 }
             )

@@ -249,7 +249,7 @@ def oracle_markdown(document: dict[str, Any]) -> str:
     about = (
         "The oracle holds the true multiplier of a bound that is stricter by d. Above: steps of the last quarter with "
         "E[cost] > 0.01. A rule's gap is divided by the oracle's, interpolated at the rule's share of steps above; "
-        "outside: the share is beyond the oracle's."
+        "outside: the share is beyond the oracle's, or its gap there is not positive."
     )
     settings = document["settings"]
     return (
