@@ -36,6 +36,8 @@ class Violations:
         for k, constraint in enumerate(self.problem.constraints):
             measured = measurements[constraint.name]
             if isinstance(measured, Sampled):
+                assert measured.values is not None
+                assert measured.logps is not None
                 score = ((measured.values - self.baseline[k]) * measured.logps).mean()
                 means.append(measured.values.mean() + score - score.detach())
             else:

@@ -7,8 +7,9 @@ sees. One seed gives every method the same random numbers, initial point, optimi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class Gibbs(Problem):
         bounds = self.bounds
         violations = bounds.sign[:, None] * (self.costs[bounds.index] - bounds.value[:, None])
 
-        def dual(multipliers):
+        def dual(multipliers: Any) -> tuple[float, Any]:
             logits = self.log_q - torch.from_numpy(multipliers) @ violations
             return logits.logsumexp(0).item(), -(violations @ logits.softmax(0)).numpy()
 
@@ -204,7 +205,7 @@ class Fairness(Problem):
         return (self.centred @ (self.features @ x) / len(self.centred)).reshape(1)
 
     def stream(self, generator: torch.Generator) -> Draw:
-        def batches():
+        def batches() -> Iterator[Tensor]:
             while True:
                 order = torch.randperm(len(self.label), generator=generator)
                 yield from order[: len(order) // self.batch * self.batch].split(self.batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def solve(problem: Problem) -> Solution:
     """Minimise the exact loss under the exact constraints, to about 1e-10."""
     from scipy.optimize import minimize
 
-    def tensor(x):
+    def tensor(x: Any) -> Tensor:
         return torch.as_tensor(x, dtype=torch.float64)
 
     found = minimize(
