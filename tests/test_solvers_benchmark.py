@@ -195,6 +195,7 @@ def test_finished_runs_are_remembered(tmp_path):
     cache = tmp_path / "runs.jsonl"
     tasks = [Task("quadratic", "DualAscent", "step=0.05", seed, 3) for seed in range(2)]
     rows = [execute(task) for task in tasks]
+    assert [row["status"] for row in rows] == ["ok", "ok"]
     cache.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1])[:50], encoding="utf-8")
     assert list(load(cache)) == tasks[:1]  # the line that was cut off is done again
     cache.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

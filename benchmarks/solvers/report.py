@@ -28,7 +28,8 @@ READING = """\
 **Merit** is what a method is compared by, over the last quarter of the steps and the exact problem:
 f - f* + 2 lambda*.(positive violation), averaged over steps and seeds. For these convex problems it is never negative,
 0 at the optimum alone, and in the loss's unit; bounds that are not active count with a tenth of the largest multiplier.
-After ± is its standard error over seeds; "÷ best" is the ratio to the best row of the column, in bold where it is 1.
+After ± is its standard error over seeds; "÷ best" is the ratio to the best row of the column, in bold where it is 1 (in
+the first table its geometric mean over the problems, the worst of them, and on how many it is 1).
 **Violation** is the mean positive one, summed over bounds; **mean value** that of the bound with the largest multiplier
 (0 is on it); both in the constraint's unit. **Above** is the share of steps at which any bound is exceeded by more than
 0.01 units. **Multiplier** is that of the main bound over its true value, with its standard deviation over steps.
@@ -190,7 +191,7 @@ def summary_table(rows: list[Row]) -> str:
             mean = math.exp(fmean(math.log(v) for v in own)) if own and max(own) < math.inf else math.inf
             cells += [_number(mean), _number(max(own, default=math.inf)), str(sum(v == 1 for v in own))]
         body.append([_named(name), *cells])
-    header = ["", "default: mean ÷ best", "worst", "times best", "best of grid: mean ÷ best", "worst", "times best"]
+    header = ["", "default ÷ best", "worst", "times best", "best of grid ÷ best", "worst", "times best"]
     return markdown_table(header, body)
 
 

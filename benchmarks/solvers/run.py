@@ -81,7 +81,7 @@ def scores(run: Trajectory, of: Problem) -> dict[str, Any]:
         "above": (violations > _ABOVE * of.unit_of_bounds).any(1).to(F64).mean().item(),
         "value": (violations / of.unit_of_bounds).mean(0).tolist(),
         "multiplier": (multipliers.mean(0) / largest).tolist(),
-        "multiplier_std": (multipliers.std(0) / largest).tolist(),
+        "multiplier_std": (multipliers.std(0, correction=0) / largest).tolist(),
         "multiplier_error": ((multipliers - best.multipliers).abs().max(1).values / largest).mean().item(),
     }
 
