@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 # On a busy machine torch's threads would spin for each other; waiting passively is slower only by a little when idle.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow lint bench docs-options install clean
+.PHONY: demo test test-slow lint bench bench-solvers docs-options install clean
 
 install: $(READY)
 
@@ -39,6 +39,13 @@ bench: $(READY)
 	$(BIN)/pip install --quiet --no-deps $$(grep -E '^($(PEERS))==' constraints.txt)
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.run --suite all --device cpu
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.report
+
+# Rules for constraints under sampling noise; runs that are done are kept in runs/, so it goes on after an interruption.
+SOLVER_PEERS := cooper-optim|humancompatible-train
+bench-solvers: $(READY)
+	$(BIN)/pip install --quiet --no-deps $$(grep -E '^($(SOLVER_PEERS))==' constraints.txt)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.solvers run
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.solvers oracle
 
 docs-options: $(READY)
 	$(BIN)/barrierlm options > docs/options.md

@@ -606,7 +606,7 @@ def quadratic(name: str, p: Tensor, q: Tensor, a: Tensor, b: Tensor, start: Tens
 
     @cache
     def solved():
-        import cvxpy as cp  # benchmarks/noise.py uses this module without it
+        import cvxpy as cp  # benchmarks.solvers uses this module without it
 
         x = cp.Variable(len(q))
         row = a.numpy() @ x <= b.numpy()
