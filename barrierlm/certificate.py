@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from .barriers import AdaptiveBarrier, LogBarrier, ModifiedBarrier, RelaxedLogBarrier
+from .barriers import LogBarrier, RelaxedLogBarrier
 from .committed import Committed
 from .diagnostics import table
 from .intervals import Estimate, inner_products, jackknife_ratio, normal_quantile
+from .learning import AdaptiveBarrier, ModifiedBarrier
 from .probe import GradientProbe
 
 #: Rules whose mu is a barrier's.

@@ -61,36 +61,51 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 class FeasibilityWatch:
     """Notices bounds that cannot be met at once, from the violations alone.
 
-    Two or more bounds that have been violated beyond their noise for `PATIENCE` windows, none of which has come
-    down by a hundredth in as many windows, are reported as infeasible together. This is evidence from the run,
-    not a proof: a learning rate of zero looks the same.
+    If the bounds have no common point, the largest violation stays above some number wherever the parameters go, and
+    multipliers that fight push it from one bound to another. So: if the largest violation has not come down by a
+    hundredth for `PATIENCE` windows, all of them with a bound violated beyond its noise, the bounds that were violated
+    in a tenth of these windows or more, if two or more, are reported as infeasible together. This is evidence from the
+    run, not a proof: a learning rate of zero, or multipliers that cannot grow enough, look the same.
     """
 
     PATIENCE = 50
 
     def __init__(self, num_bounds: int) -> None:
-        self.best = torch.full((num_bounds,), torch.inf, dtype=torch.float64)
-        self.stuck = torch.zeros(num_bounds, dtype=torch.float64)
+        self.start(num_bounds)
+
+    def start(self, num_bounds: int) -> None:
+        """Forget everything."""
+        self.best = torch.full((), torch.inf, dtype=torch.float64)
+        self.stuck = torch.zeros((), dtype=torch.float64)
+        self.violated = torch.zeros(num_bounds, dtype=torch.float64)
 
     def update(self, z: Tensor, tolerance: Tensor) -> None:
         """One committed window with violations ``z`` [m] that mean something beyond ``tolerance`` [m]."""
         violated = z > tolerance
-        improved = z < 0.99 * self.best
-        self.stuck = torch.where(violated & ~improved, self.stuck + 1, 0.0)
-        self.best = torch.where(violated, torch.where(improved, z, self.best), torch.inf)
+        if not bool(violated.any()):
+            self.start(len(z))
+            return
+        worst = z[violated].max()
+        if bool(worst < 0.99 * self.best):
+            self.best, self.stuck, self.violated = worst, torch.zeros_like(worst), torch.zeros_like(self.violated)
+        self.stuck = self.stuck + 1
+        self.violated = self.violated + violated
 
     def together(self) -> list[int]:
         """The bounds that do not seem to have a common solution; fewer than two: none."""
-        stuck: list[int] = torch.nonzero(self.stuck >= self.PATIENCE).flatten().tolist()
-        return stuck if len(stuck) > 1 else []
+        if self.stuck < self.PATIENCE:
+            return []
+        often: list[int] = torch.nonzero(self.violated >= 0.1 * self.stuck).flatten().tolist()
+        return often if len(often) > 1 else []
 
     def state_dict(self) -> dict[str, Any]:
         """A deep copy of the state: tensors only."""
-        return {"best": self.best.clone(), "stuck": self.stuck.clone()}
+        return {name: getattr(self, name).clone() for name in ("best", "stuck", "violated")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.best, self.stuck = (state[key].detach().cpu().clone() for key in ("best", "stuck"))
+        for name in ("best", "stuck", "violated"):
+            setattr(self, name, state[name].detach().cpu().clone())
 
 
 def verdict_tolerance(stderr: Tensor) -> Tensor:

@@ -9,33 +9,30 @@ from torch import Tensor
 
 from .barriers import Readings, RelaxedLogBarrier, Rule
 
-#: Where the modified barrier's log is continued by a polynomial, as a share of mu.
+#: Where the modified barrier's log is continued by a parabola, as a share of mu.
 _BETA = 0.5
 #: Learned multipliers stay below this, so that bounds that cannot be met do not end in infinities.
 _MAX_MULTIPLIER = 1e4
 #: |z| within which an estimate may be at its bound, and above which it is surely violated, in standard errors.
 _NEAR, _FAR = 3.0, 4.0
-#: Of a sampled bound: the violation that counts in one step, and the share of the multiplier that a step grows with.
+#: A violation is coming down while it reaches this share of what it was, within `patience` windows.
+_PROGRESS = 0.95
+#: Of one that does not come down: how much counts in a step, and the share of the multiplier that the step grows with.
 _FAR_STEP, _GROWTH = 0.3, 0.2
 
 
-def _psi(u: Tensor, quadratic: bool) -> Tensor:
-    """-log(1 - u) for u <= beta, then the parabola that matches value, slope and curvature, or the tangent."""
+def _psi(u: Tensor) -> Tensor:
+    """-log(1 - u) for u <= beta, then the parabola that matches value, slope and curvature."""
     inner = -torch.log1p(-u.clamp(max=_BETA))
     v = u.clamp(min=_BETA)
-    if quadratic:
-        outer = (v * v / 2 + (1 - 2 * _BETA) * v - _BETA * (2 - 3 * _BETA) / 2) / (1 - _BETA) ** 2
-    else:
-        outer = (v - _BETA) / (1 - _BETA)
+    outer = (v * v / 2 + (1 - 2 * _BETA) * v - _BETA * (2 - 3 * _BETA) / 2) / (1 - _BETA) ** 2
     return torch.where(u <= _BETA, inner, outer - math.log(1 - _BETA))
 
 
-def _psi_slope(u: Tensor, quadratic: bool) -> Tensor:
+def _psi_slope(u: Tensor) -> Tensor:
     """The derivative of `_psi`; 1 at u = 0."""
     inner = 1 / (1 - u.clamp(max=_BETA))
-    v = u.clamp(min=_BETA)
-    outer = (v + 1 - 2 * _BETA) / (1 - _BETA) ** 2 if quadratic else torch.full_like(v, 1 / (1 - _BETA))
-    return torch.where(u <= _BETA, inner, outer)
+    return torch.where(u <= _BETA, inner, (u.clamp(min=_BETA) + 1 - 2 * _BETA) / (1 - _BETA) ** 2)
 
 
 class _Learner(Rule):
@@ -47,46 +44,53 @@ class _Learner(Rule):
     This is for sampled bounds. The newest window's z is used because the sum over steps averages by itself; an
     averaged z would only add delay. What keeps it steady:
 
-    - Age t counts the windows that a bound has spent near its limit (within 3 standard errors). Averaging is
-      what a decaying step is for, and the noise that the barrier's own slope lets through, 1/mu, has to fall with it.
-    - While a violation is coming down (by a tenth within `patience` windows) the multiplier waits: an optimizer
+    - Averaging is what a decaying step is for, and the noise that the barrier's own slope lets through, 1/mu, has to
+      fall with it. Age t counts the windows up to the estimate's last crossing of the bound: what stays on one side
+      still has something to learn, what crosses swings around it, from noise or from delay (Kesten's rule).
+    - While a violation is coming down (by a twentieth within `patience` windows) its multiplier waits: an optimizer
       takes its time, and what adds up meanwhile would overshoot, which a policy that has collapsed never undoes.
-      A step counts a violation up to 0.3, or 1 near the bound.
-    - A violation that does not come down starts the age over, and the step grows with the multiplier (g > 1).
+    - A violation that does not come down starts the age over; one step counts at most 0.3 of it.
+    - g = max(1, lambda), so that large multipliers learn in proportion, but a fifth of that for violations that do not
+      come down: they may not be able to. Within 3 standard errors of the bound neither limit holds.
 
-    Exact bounds take :math:`\gamma \max(1 - \gamma, \hat\lambda) (\psi'(z/\mu) - 1)`. At a step of 1 that is the
-    classical update, :math:`\hat\lambda \psi'(z/\mu)`, for solved inner problems; purely multiplicative, it could not
-    grow back from nearly 0 after an overshoot, and so smaller steps have a floor.
+    Exact bounds take :math:`g = \max(1, \hat\lambda)` and the full step: there is nothing to average. A step of 1 is
+    the classical update, :math:`\hat\lambda \psi'(z/\mu)`, for solved inner problems; anywhere else it overshoots
+    from an infeasible start, and cannot grow back from nearly 0 after that.
     """
 
     confidence = 0.5
-    learned: Tensor
+    learned: Tensor  # in multiples of `unit`
     age: Tensor
+    side: Tensor
+    uncrossed: Tensor
     waited: Tensor
     waited_at: Tensor
-    _learned: tuple[str, ...] = ("learned", "age", "waited", "waited_at")
+    _learned: tuple[str, ...] = ("learned", "age", "side", "uncrossed", "waited", "waited_at")
 
-    def __init__(self, step: float, decay: float, patience: int) -> None:
+    def __init__(self, step: float, decay: float, patience: int, unit: float) -> None:
+        if not (unit > 0 and math.isfinite(unit)):
+            raise ValueError(f"unit={unit!r}; allowed: unit > 0")
         if not 0 < step <= 1:
             raise ValueError(f"step={step!r}; allowed: 0 < step <= 1")
         if not decay > 0:
             raise ValueError(f"decay={decay!r}; allowed: decay > 0 windows")
         if not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience={patience!r}; allowed: an integer >= 1")
-        self.step, self.decay, self.patience = float(step), float(decay), patience
+        self.step, self.decay, self.patience, self.unit = float(step), float(decay), patience, float(unit)
 
     def start(self, num_bounds: int) -> None:
         self.learned = torch.ones(num_bounds, dtype=torch.float64)
-        self.age, self.waited, self.waited_at = (torch.zeros_like(self.learned) for _ in range(3))
+        for name in ("age", "side", "uncrossed", "waited", "waited_at"):
+            setattr(self, name, torch.zeros_like(self.learned))
 
     def _grown(self, mu: Tensor) -> Tensor:
         """mu [m] of bounds of this age."""
         return mu * (1 + self.age.to(mu) / self.decay).sqrt()
 
     def _stalled(self, readings: Readings) -> Tensor:
-        """Count the windows of violations that do not come down by a tenth; which bounds [m] have used up patience."""
+        """Count the windows in which a violation does not come down; which bounds [m] have used up patience."""
         violated = readings.known & (readings.z > 2 * readings.stderr)
-        fresh = violated & ((self.waited == 0) | (readings.z < 0.9 * self.waited_at))
+        fresh = violated & ((self.waited == 0) | (readings.z < _PROGRESS * self.waited_at))
         self.waited_at = torch.where(fresh, readings.z, self.waited_at)
         waited = torch.where(fresh, 1.0, self.waited + violated)
         self.waited = torch.where(readings.known & ~violated, 0.0, waited)
@@ -99,16 +103,23 @@ class _Learner(Rule):
         """
         z, stderr, noisy = readings.z, readings.stderr, readings.stderr > 0
         near = noisy & (z.abs() < _NEAR * stderr)
-        age = torch.where(stalled, 0.0, self.age)
-        most = torch.where(near, 1.0, _FAR_STEP)
-        drive = torch.minimum(readings.window_z, most).clamp(min=-1)
+        age = torch.where(mask & stalled, 0.0, self.age)
+        drive = torch.minimum(readings.window_z, torch.where(near, 1.0, _FAR_STEP)).clamp(min=-1)
         drive = torch.where((z > _FAR * stderr) & ~stalled, drive.clamp(max=0), drive)
-        gain = 1 + _GROWTH * stalled * (self.learned - 1).clamp(min=0)
+        share = torch.where(near | (drive < 0), 1.0, _GROWTH)
+        gain = 1 + share * (self.learned - 1).clamp(min=0)
         sampled_move = self.step / (1 + age / self.decay) * gain * drive
-        exact_move = self.step * self.learned.clamp(min=1 - self.step) * (slope - 1)
+        if self.step == 1:
+            exact_move = self.learned * (slope - 1)
+        else:
+            exact_move = self.step * self.learned.clamp(min=1) * readings.window_z.clamp(-1, 1)
         learned = (self.learned + torch.where(noisy, sampled_move, exact_move)).clamp(0, _MAX_MULTIPLIER)
         self.learned = torch.where(mask, learned, self.learned)
-        self.age = torch.where(mask & near, age + 1, age)
+        uncrossed = self.uncrossed + noisy
+        crossed = mask & noisy & (z.sign() * self.side < 0)
+        self.age = torch.where(crossed, age + uncrossed, age)
+        self.uncrossed = torch.where(mask, torch.where(crossed, 0.0, uncrossed), self.uncrossed)
+        self.side = torch.where(mask, z.sign(), self.side)
 
 
 class ModifiedBarrier(_Learner):
@@ -123,11 +134,11 @@ class ModifiedBarrier(_Learner):
 
     Args:
         mu: The barrier parameter, in units of the scale.
-        step: :math:`\gamma_0` in (0, 1].
-        decay: :math:`\tau`, in windows near the bound, after which the step has halved.
-        patience: Windows after which a violation that has not come down by a tenth makes the multiplier grow again.
-        extrapolation: ``"quadratic"`` (C2, the literature's) or ``"linear"``, whose multiplier is at most twice the
-            learned one: kinder to an infeasible start.
+        step: :math:`\gamma_0` in (0, 1]; 1 is the classical update of exact bounds, for solved inner problems.
+        decay: :math:`\tau`, in windows up to the last crossing of the bound, after which the step has halved.
+        patience: Windows after which a violation that has not come down by a twentieth makes the multiplier grow.
+        unit: An ordinary multiplier, in task loss per unit of violation: what learning starts from, and mu is a multiple
+            of. Smaller where a loss is worth little (a mean of small numbers) against a wide window.
 
     Raises:
         ValueError: A parameter outside its range.
@@ -146,34 +157,31 @@ class ModifiedBarrier(_Learner):
         step: float = 0.05,
         decay: float = 100.0,
         patience: int = 20,
-        extrapolation: str = "quadratic",
+        unit: float = 1.0,
     ) -> None:
-        super().__init__(step, decay, patience)
+        super().__init__(step, decay, patience, unit)
         if not (mu > 0 and math.isfinite(mu)):
             raise ValueError(f"mu={mu!r}; allowed: mu > 0")
-        if extrapolation not in ("quadratic", "linear"):
-            raise ValueError(f"extrapolation={extrapolation!r}; allowed: 'quadratic' or 'linear'")
-        self.mu, self.extrapolation = float(mu), extrapolation
-        self._quadratic = extrapolation == "quadratic"
+        self.mu = float(mu)
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """mu lambda psi(z/mu) [m]."""
         mu = self._grown(mu)
-        return mu * self.learned.to(z) * _psi(z / mu, self._quadratic)
+        return self.unit * mu * self.learned.to(z) * _psi(z / mu)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """lambda psi'(z/mu) [m]."""
-        return self.learned.to(z) * _psi_slope(z / self._grown(mu), self._quadratic)
+        return self.unit * self.learned.to(z) * _psi_slope(z / self._grown(mu))
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """The damped multiplier step of every measured bound."""
-        slope = _psi_slope(readings.window_z / mu, self._quadratic)
+        slope = _psi_slope(readings.window_z / mu)
         self._learn(readings, readings.known, self._stalled(readings), slope)
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The mu that noise has let grow."""
         mu = self._grown(mu)
-        return mu, mu**2
+        return self.unit * mu, mu**2
 
 
 class AdaptiveBarrier(_Learner):
@@ -183,16 +191,19 @@ class AdaptiveBarrier(_Learner):
     without overshoot. Its plug-in multiplier mu/(-z) is only as good as z is precise, so mu cannot fall past
     the noise of the estimates, and a bias of mu per bound would stay; and a small mu is stiff (gain lambda/mu),
     so that it swings when estimates or the optimizer lag. So when noise stops mu, when mu has come down to
-    ``smallest_mu``, or when it has not fallen for `patience` windows (as while a bound is violated: its multiplier
-    is at most mu/s), a bound keeps its mu and becomes a `ModifiedBarrier` (linear extrapolation) that starts from
-    the multiplier then in force, which therefore does not jump. It has no horizon.
+    ``smallest_mu``, when a sampled bound has not seen it fall for `patience` windows, or when an exact one's violation
+    does not come down (its multiplier, at most mu/s, is too small), the bound keeps its mu and becomes a
+    `ModifiedBarrier` that starts from the multiplier then in force, which therefore does not
+    jump. It has no horizon.
 
     Args:
         smallest_mu: mu at which tightening ends even without noise, > 0.
         step: Initial step of the learned multipliers, in (0, 1].
-        decay: Windows near the bound after which the step has halved.
+        decay: Windows up to the last crossing of the bound after which the step has halved.
         patience: Windows without a smaller mu after which bounds are handed over, and windows after which a
-            violation that has not come down by a tenth makes its multiplier grow again.
+            violation that has not come down by a twentieth makes its multiplier grow.
+        unit: An ordinary multiplier, in task loss per unit of violation: what learning starts from, and mu is a multiple
+            of. Smaller where a loss is worth little (a mean of small numbers) against a wide window.
 
     Raises:
         ValueError: A parameter outside its range.
@@ -213,9 +224,15 @@ class AdaptiveBarrier(_Learner):
     _STOPPED = 0.8
 
     def __init__(
-        self, smallest_mu: float = 0.5, *, step: float = 0.05, decay: float = 100.0, patience: int = 20
+        self,
+        smallest_mu: float = 0.5,
+        *,
+        step: float = 0.05,
+        decay: float = 100.0,
+        patience: int = 20,
+        unit: float = 1.0,
     ) -> None:
-        super().__init__(step, decay, patience)
+        super().__init__(step, decay, patience, unit)
         if not (smallest_mu > 0 and math.isfinite(smallest_mu)):
             raise ValueError(f"smallest_mu={smallest_mu!r}; allowed: smallest_mu > 0")
         self.smallest_mu = float(smallest_mu)
@@ -240,12 +257,12 @@ class AdaptiveBarrier(_Learner):
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The penalty [m] of whichever half is in force."""
         own = self._own_mu(mu)
-        return self._mix(self._relaxed.value(z, mu, s), own * self.learned.to(z) * _psi(z / own, quadratic=False))
+        return self.unit * self._mix(self._relaxed.value(z, mu, s), own * self.learned.to(z) * _psi(z / own))
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The multiplier [m] of whichever half is in force."""
-        learned = self.learned.to(z) * _psi_slope(z / self._own_mu(mu), quadratic=False)
-        return self._mix(self._relaxed.multiplier(z, mu, s), learned)
+        learned = self.learned.to(z) * _psi_slope(z / self._own_mu(mu))
+        return self.unit * self._mix(self._relaxed.multiplier(z, mu, s), learned)
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """Learn where handed over; hand over where mu has stopped."""
@@ -256,11 +273,12 @@ class AdaptiveBarrier(_Learner):
         self.held = torch.where(known, torch.where(falling, 1.0, self.held + 1), self.held)
         # One bound's noise, or its end, holds the others' mu too.
         stopped = (known & ((readings.noise >= self._STOPPED * mu**2) | (mu <= self.smallest_mu))).any()
-        hand_over = known & ~learning & (stopped | stalled | (self.held > self.patience))
+        held = (self.held > self.patience) & (readings.stderr > 0)
+        hand_over = known & ~learning & (stopped | stalled | held)
         # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
         own = torch.maximum(mu, readings.noise.sqrt())
-        implied = self.multiplier(readings.z, own, own**2) / _psi_slope(readings.z / own, quadratic=False)
-        slope = _psi_slope(readings.window_z / self._own_mu(mu), quadratic=False)
+        implied = self.multiplier(readings.z, own, own**2) / self.unit / _psi_slope(readings.z / own)
+        slope = _psi_slope(readings.window_z / self._own_mu(mu))
         self._learn(readings, learning & known, stalled, slope)
         self.learned = torch.where(hand_over, implied, self.learned)
         self.frozen_mu = torch.where(hand_over, own, self.frozen_mu)
@@ -268,4 +286,4 @@ class AdaptiveBarrier(_Learner):
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The frozen mu, as noise has let it grow, where the bound has been handed over."""
         own = torch.where(self.learning, self._own_mu(mu), mu)
-        return own, torch.where(self.learning, own**2, s)
+        return self.unit * own, torch.where(self.learning, own**2, s)

@@ -30,7 +30,7 @@ LAYERS = {
     "linear": {"committed", "estimators", "packing", "sampling"},
     "output": {"diagnostics"},
     "probe": {"distributed", "estimators", "output"},
-    "certificate": {"barriers", "committed", "diagnostics", "intervals", "probe"},
+    "certificate": {"barriers", "committed", "diagnostics", "intervals", "learning", "probe"},
     "best": {"diagnostics"},
     "balance": {"distributed", "output"},
     "objective": {

@@ -24,7 +24,8 @@ from barrierlm import (
 from barrierlm.intervals import inner_products, jackknife_ratio, normal_quantile, student_quantile
 
 from .helpers import C, exact, relaxed, same, state_of
-from .problems import PROBLEMS, Categorical
+from tests.problems import BARRIER_POINTS as PROBLEMS
+from tests.problems import Categorical
 from .test_convergence import solve, step_size
 from .test_windows import free_port
 

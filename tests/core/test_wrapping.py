@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from barrierlm import BarrierObjective, Constraint, Sampled
+from barrierlm import AdaptiveBarrier, BarrierObjective, Constraint, Sampled
 
 
 def fit(objective, parameters, call, steps=400, lr=0.02):
@@ -62,7 +62,9 @@ def test_dpo_whose_chosen_log_probability_does_not_fall():
         with torch.no_grad():
             reference = policy(features).log_softmax(-1)
         bound = reference[rows, chosen].mean().item()
-        objective = BarrierObjective(dpo_loss, [Constraint("chosen", lower=bound)])
+        # beta = 0.1 makes the loss's slope in log-probabilities small, and so the right multiplier.
+        rule = AdaptiveBarrier(unit=0.1)
+        objective = BarrierObjective(dpo_loss, [Constraint("chosen", lower=bound)], rule=rule)
 
         def call():
             logp = policy(features).log_softmax(-1)
@@ -76,7 +78,7 @@ def test_dpo_whose_chosen_log_probability_does_not_fall():
             return objective(*arguments, measurements=measured)
 
         if constrained:
-            fit(objective, policy.parameters(), call, steps=300)
+            fit(objective, policy.parameters(), call, steps=500)
         else:
             optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
             for _ in range(30):
