@@ -147,7 +147,7 @@ def versions() -> dict[str, str | None]:
 def fingerprint() -> str:
     """Of everything that a run's numbers depend on, so that old lines are not mixed with new code."""
     here = Path(__file__).parent
-    files = [*Path(barrierlm.__file__).parent.glob("*.py"), ROOT / "tests" / "core" / "problems.py"]
+    files = [*Path(barrierlm.__file__).parent.glob("*.py"), ROOT / "tests" / "problems.py"]
     files += [here / f"{name}.py" for name in ("problems", "solution", "methods", "peers", "run")]
     digest = hashlib.sha256(json.dumps(versions()).encode())
     for file in sorted(files, key=lambda f: f.name):

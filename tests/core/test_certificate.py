@@ -22,10 +22,10 @@ from barrierlm import (
     Sampled,
 )
 from barrierlm.intervals import inner_products, jackknife_ratio, normal_quantile, student_quantile
-
-from .helpers import C, exact, relaxed, same, state_of
 from tests.problems import BARRIER_POINTS as PROBLEMS
 from tests.problems import Categorical
+
+from .helpers import C, exact, relaxed, same, state_of
 from .test_convergence import solve, step_size
 from .test_windows import free_port
 
