@@ -15,8 +15,10 @@ _BETA = 0.5
 _MAX_MULTIPLIER = 1e4
 #: |z| within which an estimate may be at its bound, and above which it is surely violated, in standard errors.
 _NEAR, _FAR = 3.0, 4.0
-#: A violation is coming down while it reaches this share of what it was, within `patience` windows.
+#: A violation is coming down while it is below this share of its slow average.
 _PROGRESS = 0.95
+#: A violation that has not come down for this many times `patience` windows starts the age over.
+_RESTART = 5
 #: Of one that does not come down: how much counts in a step, and the share of the multiplier that the step grows with.
 _FAR_STEP, _GROWTH = 0.3, 0.2
 
@@ -47,11 +49,12 @@ class _Learner(Rule):
     - Averaging is what a decaying step is for, and the noise that the barrier's own slope lets through, 1/mu, has to
       fall with it. Age t counts the windows up to the estimate's last crossing of the bound: what stays on one side
       still has something to learn, what crosses swings around it, from noise or from delay (Kesten's rule).
-    - While a violation is coming down (by a twentieth within `patience` windows) its multiplier waits: an optimizer
-      takes its time, and what adds up meanwhile would overshoot, which a policy that has collapsed never undoes.
-    - A violation that does not come down starts the age over; one step counts at most 0.3 of it.
+    - While a violation is coming down (it is a twentieth, and a standard error, below its average over the last
+      `patience` windows) its multiplier waits: an optimizer takes its time, and what adds up meanwhile would overshoot,
+      which a policy that has collapsed never undoes. Otherwise a step counts at most 0.3 of it.
     - g = max(1, lambda), so that large multipliers learn in proportion, but a fifth of that for violations that do not
-      come down: they may not be able to. Within 3 standard errors of the bound neither limit holds.
+      come down: they may not be able to. Within 3 standard errors of the bound none of these limits hold.
+    - A violation that has lasted for 5 `patience` windows without coming down starts the age over.
 
     Exact bounds take :math:`g = \max(1, \hat\lambda)` and the full step: there is nothing to average. A step of 1 is
     the classical update, :math:`\hat\lambda \psi'(z/\mu)`, for solved inner problems; anywhere else it overshoots
@@ -63,9 +66,10 @@ class _Learner(Rule):
     age: Tensor
     side: Tensor
     uncrossed: Tensor
-    waited: Tensor
-    waited_at: Tensor
-    _learned: tuple[str, ...] = ("learned", "age", "side", "uncrossed", "waited", "waited_at")
+    average: Tensor
+    seen: Tensor
+    lasting: Tensor
+    _learned: tuple[str, ...] = ("learned", "age", "side", "uncrossed", "average", "seen", "lasting")
 
     def __init__(self, step: float, decay: float, patience: int, unit: float) -> None:
         if not (unit > 0 and math.isfinite(unit)):
@@ -80,32 +84,34 @@ class _Learner(Rule):
 
     def start(self, num_bounds: int) -> None:
         self.learned = torch.ones(num_bounds, dtype=torch.float64)
-        for name in ("age", "side", "uncrossed", "waited", "waited_at"):
+        for name in ("age", "side", "uncrossed", "average", "seen", "lasting"):
             setattr(self, name, torch.zeros_like(self.learned))
 
     def _grown(self, mu: Tensor) -> Tensor:
         """mu [m] of bounds of this age."""
         return mu * (1 + self.age.to(mu) / self.decay).sqrt()
 
-    def _stalled(self, readings: Readings) -> Tensor:
-        """Count the windows in which a violation does not come down; which bounds [m] have used up patience."""
-        violated = readings.known & (readings.z > 2 * readings.stderr)
-        fresh = violated & ((self.waited == 0) | (readings.z < _PROGRESS * self.waited_at))
-        self.waited_at = torch.where(fresh, readings.z, self.waited_at)
-        waited = torch.where(fresh, 1.0, self.waited + violated)
-        self.waited = torch.where(readings.known & ~violated, 0.0, waited)
-        return self.waited >= self.patience
+    def _coming_down(self, readings: Readings) -> Tensor:
+        """Take z into its slow average; which violations [m] are clearly below theirs."""
+        z, known, share = readings.z, readings.known, 1 / self.patience
+        self.seen = torch.where(known, (1 - share) * self.seen + share, self.seen)
+        step = share / self.seen.clamp(min=share) * (z - self.average)
+        self.average = torch.where(known, self.average + step, self.average)
+        coming = (z > 0) & (self.average - z > torch.maximum(readings.stderr, (1 - _PROGRESS) * z))
+        lasting = torch.where((z > 2 * readings.stderr) & ~coming, self.lasting + 1, 0.0)
+        self.lasting = torch.where(known, lasting, self.lasting)
+        return coming
 
-    def _learn(self, readings: Readings, mask: Tensor, stalled: Tensor, slope: Tensor) -> None:
+    def _learn(self, readings: Readings, mask: Tensor, coming: Tensor, slope: Tensor) -> None:
         """One damped step of the bounds in ``mask`` [m].
 
-        ``stalled`` [m] are those that should not wait; ``slope`` [m] is psi' at the newest window's z.
+        ``coming`` [m] are the violations that come down; ``slope`` [m] is psi' at the newest window's z.
         """
         z, stderr, noisy = readings.z, readings.stderr, readings.stderr > 0
         near = noisy & (z.abs() < _NEAR * stderr)
-        age = torch.where(mask & stalled, 0.0, self.age)
+        age = torch.where(mask & (self.lasting >= _RESTART * self.patience), 0.0, self.age)
         drive = torch.minimum(readings.window_z, torch.where(near, 1.0, _FAR_STEP)).clamp(min=-1)
-        drive = torch.where((z > _FAR * stderr) & ~stalled, drive.clamp(max=0), drive)
+        drive = torch.where((z > _FAR * stderr) & coming, 0.0, drive)
         share = torch.where(near | (drive < 0), 1.0, _GROWTH)
         gain = 1 + share * (self.learned - 1).clamp(min=0)
         sampled_move = self.step / (1 + age / self.decay) * gain * drive
@@ -136,9 +142,9 @@ class ModifiedBarrier(_Learner):
         mu: The barrier parameter, in units of the scale.
         step: :math:`\gamma_0` in (0, 1]; 1 is the classical update of exact bounds, for solved inner problems.
         decay: :math:`\tau`, in windows up to the last crossing of the bound, after which the step has halved.
-        patience: Windows after which a violation that has not come down by a twentieth makes the multiplier grow.
-        unit: An ordinary multiplier, in task loss per unit of violation: what learning starts from, and mu is a multiple
-            of. Smaller where a loss is worth little (a mean of small numbers) against a wide window.
+        patience: Windows of the slow average against which a violation has to come down.
+        unit: An ordinary multiplier, in task loss per unit of violation: learning starts from it, and B is a multiple
+            of it. Smaller where the loss changes little (a mean of small numbers) across a wide window.
 
     Raises:
         ValueError: A parameter outside its range.
@@ -176,7 +182,7 @@ class ModifiedBarrier(_Learner):
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """The damped multiplier step of every measured bound."""
         slope = _psi_slope(readings.window_z / mu)
-        self._learn(readings, readings.known, self._stalled(readings), slope)
+        self._learn(readings, readings.known, self._coming_down(readings), slope)
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The mu that noise has let grow."""
@@ -200,10 +206,10 @@ class AdaptiveBarrier(_Learner):
         smallest_mu: mu at which tightening ends even without noise, > 0.
         step: Initial step of the learned multipliers, in (0, 1].
         decay: Windows up to the last crossing of the bound after which the step has halved.
-        patience: Windows without a smaller mu after which bounds are handed over, and windows after which a
-            violation that has not come down by a twentieth makes its multiplier grow.
-        unit: An ordinary multiplier, in task loss per unit of violation: what learning starts from, and mu is a multiple
-            of. Smaller where a loss is worth little (a mean of small numbers) against a wide window.
+        patience: Windows without a smaller mu after which bounds are handed over, and windows of the slow average
+            against which a violation has to come down.
+        unit: An ordinary multiplier, in task loss per unit of violation: learning starts from it, and B is a multiple
+            of it. Smaller where the loss changes little (a mean of small numbers) across a wide window.
 
     Raises:
         ValueError: A parameter outside its range.
@@ -218,7 +224,7 @@ class AdaptiveBarrier(_Learner):
     frozen_mu: Tensor
     smallest_seen: Tensor
     held: Tensor
-    _learned = ("learned", "age", "waited", "waited_at", "frozen_mu", "smallest_seen", "held")
+    _learned = (*_Learner._learned, "frozen_mu", "smallest_seen", "held")
 
     #: The share of s from which on the noise counts as having stopped mu: just under one AdaptiveSchedule step.
     _STOPPED = 0.8
@@ -267,19 +273,20 @@ class AdaptiveBarrier(_Learner):
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """Learn where handed over; hand over where mu has stopped."""
         learning, known = self.learning, readings.known
-        stalled = self._stalled(readings)
+        coming = self._coming_down(readings)
         falling = mu < 0.999 * self.smallest_seen
         self.smallest_seen = torch.where(known, torch.minimum(mu, self.smallest_seen), self.smallest_seen)
         self.held = torch.where(known, torch.where(falling, 1.0, self.held + 1), self.held)
         # One bound's noise, or its end, holds the others' mu too.
         stopped = (known & ((readings.noise >= self._STOPPED * mu**2) | (mu <= self.smallest_mu))).any()
         held = (self.held > self.patience) & (readings.stderr > 0)
-        hand_over = known & ~learning & (stopped | stalled | held)
+        stuck = self.lasting >= self.patience
+        hand_over = known & ~learning & (stopped | stuck | held)
         # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
         own = torch.maximum(mu, readings.noise.sqrt())
         implied = self.multiplier(readings.z, own, own**2) / self.unit / _psi_slope(readings.z / own)
         slope = _psi_slope(readings.window_z / self._own_mu(mu))
-        self._learn(readings, learning & known, stalled, slope)
+        self._learn(readings, learning & known, coming, slope)
         self.learned = torch.where(hand_over, implied, self.learned)
         self.frozen_mu = torch.where(hand_over, own, self.frozen_mu)
 

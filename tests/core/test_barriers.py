@@ -120,29 +120,88 @@ def test_gradcheck():
 # ---- learning
 
 
-def test_learning_step_decays_only_with_noise_and_restarts_when_stalled():
-    rule = ModifiedBarrier(step=0.1, decay=1.0, patience=3)
+def test_exact_bounds_learn_at_full_step():
+    rule, one = ModifiedBarrier(step=0.1, decay=1.0, patience=3), torch.ones(1, dtype=F64)
     rule.start(1)
-    mu = s = torch.ones(1, dtype=F64)
-    rule.update(readings(0.5), mu, s)
-    rule.update(readings(0.5), mu, s)
-    assert rule.learned.item() == pytest.approx(1.05 * 1.05)  # exact: full steps, times max(1, lambda)
-    rule.start(1)
-    rule.update(readings(-0.5, noise=0.1), mu, s)
-    rule.update(readings(-0.5, noise=0.1), mu, s)
-    assert rule.learned.item() == pytest.approx(1 - 0.05 - 0.025)
-    for _ in range(3):  # three windows above the bound, beyond noise, without progress: full step again
-        rule.update(readings(0.5, noise=0.1), mu, s)
-    assert rule.age.item() == 1.0
+    for _ in range(2):
+        rule.update(readings(0.5), one, one)
+    assert rule.learned.item() == pytest.approx(1.05 * 1.05)  # times max(1, lambda)
+    assert rule.age.item() == 0
 
 
-def test_a_violation_that_comes_down_is_not_stalled():
-    rule = ModifiedBarrier(patience=3, decay=1.0)
+def test_a_step_of_one_is_the_classical_update():
+    rule, mu = ModifiedBarrier(0.5, step=1.0), torch.tensor([0.5], dtype=F64)
     rule.start(1)
-    one = torch.ones(1, dtype=F64)
-    for k in range(12):
+    for z in (0.1, -0.4, 0.2):
+        learned = rule.learned.item()
+        rule.update(readings(z), mu, mu**2)
+        assert rule.learned.item() == pytest.approx(oracle.modified(z, 0.5, learned)[1])
+
+
+def test_age_counts_the_windows_up_to_the_last_crossing():
+    """What stays on one side of its bound still learns at full step; what crosses it has something to average."""
+    rule, one = ModifiedBarrier(step=0.1, decay=10.0), torch.ones(1, dtype=F64)
+    rule.start(1)
+    for _ in range(5):
+        rule.update(readings(-0.05, noise=0.1), one, one)
+    assert rule.age.item() == 0
+    assert rule.learned.item() == pytest.approx(1 - 5 * 0.1 * 0.05)
+    rule.update(readings(0.05, noise=0.1), one, one)
+    assert rule.age.item() == 6
+    before = rule.learned.item()
+    rule.update(readings(0.05, noise=0.1), one, one)
+    assert rule.learned.item() == pytest.approx(before + 0.1 / (1 + 6 / 10) * 0.05)
+    assert rule.in_force(one, one)[0].item() == pytest.approx(math.sqrt(1 + 6 / 10))
+
+
+def test_a_violation_that_comes_down_waits_and_one_that_lasts_starts_over():
+    rule, one = ModifiedBarrier(step=0.1, patience=3), torch.ones(1, dtype=F64)
+    rule.start(1)
+    rule.age = torch.full((1,), 50.0, dtype=F64)
+    rule.update(readings(4.0, noise=1e-3), one, one)
+    first = rule.learned.item()
+    assert first == pytest.approx(1 + 0.1 / 1.5 * 0.3)  # a step counts 0.3 of it at most
+    for k in range(1, 12):
         rule.update(readings(4.0 * 0.8**k, noise=1e-3), one, one)
-    assert rule.age.item() == 12
+    assert rule.learned.item() == first
+    assert rule.age.item() == 50
+    for _ in range(40):
+        rule.update(readings(0.4, noise=1e-3), one, one)
+    assert rule.age.item() == 0
+    before = rule.learned.item()
+    assert before > 1.5
+    rule.update(readings(-0.5, noise=1e-3), one, one)
+    assert rule.learned.item() == pytest.approx(before - 0.1 * before * 0.5)
+
+
+@given(data=st.data(), unit=st.sampled_from([1e-3, 1.0, 50.0]))
+def test_learned_multipliers_stay_finite_and_bounded(data, unit):
+    """Whatever is read, and whatever is missing: 0 <= lambda <= the cap, and nothing is ever NaN."""
+    for rule in (ModifiedBarrier(unit=unit), AdaptiveBarrier(unit=unit)):
+        rule.start(2)
+        mu = torch.ones(2, dtype=F64)
+        for _ in range(data.draw(st.integers(1, 30))):
+            z, w = (torch.tensor(data.draw(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=2))) for _ in "zw")
+            noise = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 1e-6, 0.1, 1.0]), min_size=2, max_size=2)))
+            known = torch.tensor(data.draw(st.lists(st.booleans(), min_size=2, max_size=2)))
+            parts = (torch.where(known, x.double(), 0.0) for x in (z, w, noise, noise))
+            before = rule.learned.clone()
+            rule.update(Readings(*parts, known), mu, mu**2)
+            assert ((rule.learned >= 0) & (rule.learned <= 1e4)).all()
+            assert torch.equal(rule.learned[~known], before[~known])
+            multiplier = rule.multiplier(z.double(), mu, mu**2)
+            assert (multiplier.isfinite() & (multiplier >= 0)).all()
+            mu = mu * data.draw(st.sampled_from([0.5, 0.9, 1.0]))
+
+
+@given(mu=mus, z=st.floats(-3, 3), unit=st.floats(1e-3, 1e3))
+def test_the_unit_multiplies_the_barrier(mu, z, unit):
+    for make_rule in (ModifiedBarrier, AdaptiveBarrier):
+        plain, scaled = make_rule(), make_rule(unit=unit)
+        plain.start(1)
+        scaled.start(1)
+        for a, b in zip(at(plain, z, mu, mu**2), at(scaled, z, mu, mu**2), strict=True):
+            assert b == pytest.approx(unit * a, rel=1e-9, abs=1e-12 * unit)
 
 
 @given(z=st.floats(-3, -0.01), mu=st.floats(0.2, 1.0))
@@ -166,15 +225,26 @@ def test_a_late_noisy_bound_does_not_inherit_a_small_mu():
     assert rule.in_force(small, small**2)[0].item() == pytest.approx(0.2)
 
 
-def test_no_hand_over_while_noise_is_small_and_the_bound_met():
+def test_no_hand_over_while_mu_falls_and_then_when_it_has_come_down():
     rule = AdaptiveBarrier()
     rule.start(1)
     mu = torch.ones(1, dtype=F64)
     for _ in range(100):
+        mu = mu * 0.995
         rule.update(readings(-0.3, noise=0.1), mu, mu**2)
     assert not rule.learning.any()
-    rule.update(readings(-0.3, noise=0.1), mu * rule.smallest_mu, mu**2)
+    rule.update(readings(-0.3, noise=0.1), mu * 0 + rule.smallest_mu, mu**2)
     assert rule.learning.all()
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.0])
+def test_a_mu_that_has_stopped_hands_sampled_bounds_over(noise):
+    """Exact ones keep the relaxed barrier while they are met: their multiplier is not noisy."""
+    rule, mu = AdaptiveBarrier(patience=5), torch.ones(1, dtype=F64)
+    rule.start(1)
+    for _ in range(20):
+        rule.update(readings(-0.3, noise=noise), mu, mu**2)
+    assert bool(rule.learning.all()) == (noise > 0)
 
 
 def test_hand_over_when_the_cap_is_too_small():
@@ -196,6 +266,22 @@ def test_multipliers_stay_bounded_when_a_bound_cannot_be_met():
         for _ in range(2000):
             rule.update(readings(0.5), mu, mu)
         assert 1e3 < rule.multiplier(torch.tensor([0.5], dtype=F64), mu, mu).item() < 1e5
+
+
+def test_log_dual_ascent_and_the_delay():
+    one = torch.ones(1, dtype=F64)
+    dual = DualAscent(0.5, parametrisation="log", delay=2, cap=3.0)
+    dual.start(1)
+    for _ in range(2):
+        dual.update(readings(1.0), one, one)
+    assert dual.learned.item() == 1.0
+    dual.update(readings(1.0), one, one)
+    assert dual.learned.item() == pytest.approx(math.exp(0.5))
+    for _ in range(9):
+        dual.update(readings(1e6), one, one)
+    assert dual.learned.item() == 3.0
+    dual.update(readings(-1.0), one, one)
+    assert dual.learned.item() == pytest.approx(3.0 * math.exp(-0.5))
 
 
 def test_dual_ascent_and_augmented_lagrangian_steps():
@@ -229,6 +315,11 @@ def test_dual_ascent_and_augmented_lagrangian_steps():
         (lambda: DualAscent(0), r"step=0; allowed: step > 0"),
         (lambda: DualAscent(cap=0), r"cap=0; allowed: cap > 0"),
         (lambda: DualAscent(start_at=-1), r"start_at=-1; allowed"),
+        (lambda: DualAscent(start_at=0, parametrisation="log"), r"start_at=0 with parametrisation='log'; allowed"),
+        (lambda: DualAscent(parametrisation="square"), r"parametrisation='square'; allowed: 'linear' or 'log'"),
+        (lambda: DualAscent(delay=-1), r"delay=-1; allowed: an integer >= 0"),
+        (lambda: ModifiedBarrier(unit=0), r"unit=0; allowed: unit > 0"),
+        (lambda: AdaptiveBarrier(unit=math.nan), r"unit=nan; allowed: unit > 0"),
         (lambda: AugmentedLagrangian(0), r"penalty=0; allowed: penalty > 0"),
         (lambda: AugmentedLagrangian(step=2), r"step=2; allowed: 0 < step <= 1"),
     ],

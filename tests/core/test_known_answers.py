@@ -20,7 +20,6 @@ from tests.problems import PAIRS, PROBLEMS, feasible_pair, infeasible_pair, viol
 
 F64 = torch.float64
 CONVEX = [problem for problem in PROBLEMS if problem.convex]
-#: With a scale of 1 a full step of ModifiedBarrier overshoots here (`gain` says why); a larger scale helps (below).
 ids = {"ids": lambda p: p.name}
 
 
