@@ -49,7 +49,7 @@ def probed(objective, parameters, calls):
 def test_exact_problems(problem, mu):
     """At the barrier's point: complementarity m mu, no residual, and the bound on the gap holds."""
     rule = {"rule": RelaxedLogBarrier(), "schedule": ConstantSchedule(mu)}
-    steps, lr = (1200, 0.1) if problem.name == "categorical" else (300, step_size(problem, mu))
+    steps, lr = (1200, 0.1) if problem.name == "categorical 6" else (300, step_size(problem, mu))
     x, objective, _ = solve(problem, steps, lr, start=problem.solution(2 * mu), **rule)
     x.requires_grad_()
     probe = probed(objective, [x], [lambda: objective(x, measurements=problem.measure(x))] * 3)

@@ -10,12 +10,12 @@ from tests.problems import PAIRS, feasible_pair, infeasible_pair
 F64 = torch.float64
 #: All of the 20 are run by `make test-slow`.
 CASES = [
-    pytest.param((PAIRS[seed % 3], seed, 2 + seed % 4), marks=[pytest.mark.slow] if seed >= 3 else [])
+    pytest.param((PAIRS[seed % 3], seed, 2 + seed % 4), marks=[pytest.mark.slow] if seed >= 2 else [])
     for seed in range(20)
 ]
 
 
-def verdicts(pair, noise, seed, steps=1500):
+def verdicts(pair, noise, seed, steps=2000):
     """Of the default rule with everything else at its default, while the loss pulls back to an infeasible start."""
     start = pair.start / 2
     x = start.clone().requires_grad_()
@@ -23,12 +23,14 @@ def verdicts(pair, noise, seed, steps=1500):
     estimator = EMA() if noise else BatchMean()
     objective = BarrierObjective(lambda x: ((x - start) ** 2).sum() / 2, pair.constraints, estimator=estimator)
     optimizer = torch.optim.Adam([x], lr=0.02)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-3)
     for _ in range(steps):
         measured = pair.noisy(x, noise, 16, generator) if noise else pair.exact(x)
         out = objective(x, measurements=measured)
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
+        decay.step()
         objective.step()
     return [row.verdict for row in objective.report()]
 
