@@ -44,6 +44,11 @@ class Rule(ABC):
     confidence: float = 0.0
     _learned: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> str:
+        """What a saved state must agree with: the class, and the options that give its numbers their meaning."""
+        return type(self).__name__
+
     @abstractmethod
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """Penalty B(z) [m], differentiable in z."""

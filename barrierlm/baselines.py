@@ -65,6 +65,10 @@ class DualAscent(Rule):
         self.step, self.cap, self.start_at = float(step), float(cap), float(start_at)
         self.parametrisation, self.delay = parametrisation, delay
 
+    @property
+    def kind(self) -> str:
+        return super().kind + ("" if self.parametrisation == "linear" else f"({self.parametrisation})")
+
     def start(self, num_bounds: int) -> None:
         self.learned = torch.full((num_bounds,), self.start_at, dtype=torch.float64)
         self.windows = torch.zeros((), dtype=torch.float64)

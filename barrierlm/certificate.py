@@ -88,7 +88,7 @@ class Certificate(NamedTuple):
         together = self._labels("infeasible")
         if together:
             return (
-                f"{together} do not seem to have a common solution (violated for long, and none comes down), so "
+                f"{together} do not seem to have a common solution (the largest violation does not come down), so "
                 "nothing is claimed about the task loss."
             )
         violated, unknown = self._labels("violated"), self._labels("unknown")

@@ -115,7 +115,7 @@ class Committed:
         }
 
     def _methods(self) -> list[str]:
-        return [type(part).__name__ for part in (self.rule, self.schedule, self.estimator)]
+        return [self.rule.kind, *(type(part).__name__ for part in (self.schedule, self.estimator))]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and names, deep-copied."""
@@ -132,13 +132,19 @@ class Committed:
         if not isinstance(state, Mapping) or state.get("version") != 1:
             given = f"version {state.get('version')!r}" if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state is {given}; allowed: version 1, as made by state_dict()")
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"state lacks {min(missing)!r}; allowed: a state made by state_dict()")
         for key, own in (("constraints", self.bounds.fingerprint()), ("methods", self._methods())):
             saved = [list(item) if isinstance(item, tuple) else item for item in state[key]]
             if saved != own:
                 raise ValueError(f"state was saved for {key} {saved}; allowed: this objective's {own}")
         with self._undo_on_error():
             for name, part in self._parts().items():
-                part.load_state_dict(state[name])
+                try:
+                    part.load_state_dict(state[name])
+                except KeyError as error:
+                    raise ValueError(f"state of the {name} lacks {error}; allowed: one of this version") from error
             self.windows = int(state["windows"])
             self.nonfinite = state["nonfinite"].detach().cpu().clone()
             self.baselines = self.positions.table()

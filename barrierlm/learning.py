@@ -82,6 +82,10 @@ class _Learner(Rule):
             raise ValueError(f"patience={patience!r}; allowed: an integer >= 1")
         self.step, self.decay, self.patience, self.unit = float(step), float(decay), patience, float(unit)
 
+    @property
+    def kind(self) -> str:
+        return super().kind + (f"(unit={self.unit:g})" if self.unit != 1 else "")
+
     def start(self, num_bounds: int) -> None:
         self.learned = torch.ones(num_bounds, dtype=torch.float64)
         for name in ("age", "side", "uncrossed", "average", "seen", "lasting"):
@@ -109,10 +113,12 @@ class _Learner(Rule):
         """
         z, stderr, noisy = readings.z, readings.stderr, readings.stderr > 0
         near = noisy & (z.abs() < _NEAR * stderr)
-        age = torch.where(mask & (self.lasting >= _RESTART * self.patience), 0.0, self.age)
+        restart = mask & (self.lasting >= _RESTART * self.patience)
+        age = torch.where(restart, 0.0, self.age)
         drive = torch.minimum(readings.window_z, torch.where(near, 1.0, _FAR_STEP)).clamp(min=-1)
         drive = torch.where((z > _FAR * stderr) & coming, 0.0, drive)
-        share = torch.where(near | (drive < 0), 1.0, _GROWTH)
+        # By the estimate's side, not the window's: else noise alone would pull the multiplier of a violation down.
+        share = torch.where(near | (z < 0), 1.0, _GROWTH)
         gain = 1 + share * (self.learned - 1).clamp(min=0)
         sampled_move = self.step / (1 + age / self.decay) * gain * drive
         if self.step == 1:
@@ -121,7 +127,7 @@ class _Learner(Rule):
             exact_move = self.step * self.learned.clamp(min=1) * readings.window_z.clamp(-1, 1)
         learned = (self.learned + torch.where(noisy, sampled_move, exact_move)).clamp(0, _MAX_MULTIPLIER)
         self.learned = torch.where(mask, learned, self.learned)
-        uncrossed = self.uncrossed + noisy
+        uncrossed = torch.where(restart, 0.0, self.uncrossed + noisy)
         crossed = mask & noisy & (z.sign() * self.side < 0)
         self.age = torch.where(crossed, age + uncrossed, age)
         self.uncrossed = torch.where(mask, torch.where(crossed, 0.0, uncrossed), self.uncrossed)

@@ -497,12 +497,13 @@ class BarrierObjective:
                     f"{self._window.calls} calls without objective.step(): nothing is committed and the multipliers "
                     "stay as they are. Call objective.step() after each optimizer step.",
                 )
+        share: float | Tensor = 1.0
         if self.normalize:
             share = self._committed.view(loss.device).normalizer.to(loss.dtype)
             loss, constraint_loss = loss * share, constraint_loss * share
         total = loss + constraint_loss
         out = ObjectiveOutput(total, task_loss.detach(), penalty.to(loss.device), self._committed.report)
-        out._parts = (loss, constraint_loss) if separable else None
+        out._parts, out._share = (loss, constraint_loss) if separable else None, share
         out._committed_metrics = self.metrics
         return out
 

@@ -26,7 +26,9 @@ class ObjectiveOutput(_Output):
 
     _committed_metrics: Callable[[], dict[str, float]]
     #: The two summands of ``loss``, with gradient: task and constraints; None where one pass makes both at once.
-    _parts: tuple[Tensor, Tensor] | None
+    _parts: tuple[Tensor, Tensor] | None = None
+    #: What ``normalize`` has multiplied them by.
+    _share: float | Tensor = 1.0
 
     def metrics(self) -> dict[str, float]:
         """Flat floats for a logger: this call's losses, and the objective's numbers as they are now.

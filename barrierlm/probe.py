@@ -94,7 +94,7 @@ class GradientProbe:
         """
         if not isinstance(out, ObjectiveOutput):
             raise TypeError(f"out is a {type(out).__name__}; allowed: the ObjectiveOutput of a call of the objective")
-        parts = getattr(out, "_parts", None)
+        parts = out._parts
         if parts is None:
             raise ValueError(
                 "out comes from linear(), whose one pass makes both gradients at once; allowed: combine() of the same "
@@ -113,7 +113,8 @@ class GradientProbe:
             raise ValueError("out depends on none of the parameters; allowed: those that its losses were made with")
         size = sum(p.numel() for p in self.parameters)
         zero = torch.zeros(size, dtype=self.dtype, device=self.device)
-        batch = torch.stack([zero if g is None else g for g in found])
+        # In the loss's own unit, whether or not the objective normalizes.
+        batch = torch.stack([zero if g is None else g for g in found]) / float(out._share)
         if not bool(batch.isfinite().all()):
             raise FloatingPointError("the batch's gradient has NaN or infinity; it was not added")
         self.multipliers = multipliers

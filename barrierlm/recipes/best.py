@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,8 @@ class BestWeights:
 
     def update(self, report: Report, task_loss: float) -> None:
         """One step has passed; ``task_loss`` is the same number on every process."""
-        if self.choice.update(report, task_loss):
+        # A window whose task loss is not finite is no candidate, and no reason to stop the run.
+        if math.isfinite(task_loss) and self.choice.update(report, task_loss):
             self.copy = [p.detach().to("cpu", copy=True) for p in self.weights]
 
     @contextmanager

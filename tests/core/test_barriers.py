@@ -174,6 +174,23 @@ def test_a_violation_that_comes_down_waits_and_one_that_lasts_starts_over():
     assert rule.learned.item() == pytest.approx(before - 0.1 * before * 0.5)
 
 
+@pytest.mark.parametrize("rule", [ModifiedBarrier, AdaptiveBarrier])
+@pytest.mark.parametrize("distance", [3.2, 4.5, 8.0])
+def test_noisy_windows_do_not_pull_a_violated_bounds_multiplier_down(rule, distance):
+    """Few samples a window: its mean is often below the bound while the estimate is far above it."""
+    rule, one = rule(), torch.ones(1, dtype=F64)
+    rule.start(1)
+    if isinstance(rule, AdaptiveBarrier):
+        rule.frozen_mu = one.clone()
+    rule.learned = torch.full((1,), 100.0, dtype=F64)
+    stderr = torch.tensor([0.23], dtype=F64)  # of EMA(0.1) over windows with a standard deviation of 1
+    z, generator = distance * stderr, torch.Generator().manual_seed(0)
+    for _ in range(300):
+        window = z + torch.randn(1, generator=generator, dtype=F64)
+        rule.update(Readings(z, window, stderr, stderr, torch.tensor([True])), one, one)
+    assert rule.learned.item() > 100
+
+
 @given(data=st.data(), unit=st.sampled_from([1e-3, 1.0, 50.0]))
 def test_learned_multipliers_stay_finite_and_bounded(data, unit):
     """Whatever is read, and whatever is missing: 0 <= lambda <= the cap, and nothing is ever NaN."""

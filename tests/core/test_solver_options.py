@@ -12,6 +12,7 @@ from barrierlm import (
     ConstantSchedule,
     Constraint,
     DualAscent,
+    GradientProbe,
     ModifiedBarrier,
     PackedBatch,
     RelaxedLogBarrier,
@@ -124,6 +125,45 @@ def test_normalize_errors():
         BarrierObjective(None, constraints, normalize=True, multiplier="current")
     with pytest.raises(ValueError, match=r"normalize=3; allowed: False or True"):
         BarrierObjective(None, constraints, normalize=3)
+
+
+def test_the_certificates_norms_are_those_of_the_loss_as_given():
+    found = []
+    for normalize in (False, True):
+        x = torch.tensor([0.3, -0.2], dtype=F64, requires_grad=True)
+        constraints = [Constraint("c", upper=-1.0, scale=0.5)]
+        objective = BarrierObjective(None, constraints, schedule=ConstantSchedule(0.2), normalize=normalize)
+        objective.combine(None, {"c": torch.tensor(0.5, requires_grad=True)})
+        objective.step()
+        probe = GradientProbe([x])
+        for _ in range(3):
+            probe.add(objective.combine(x.square().sum(), {"c": x.sum()}))
+        found.append(objective.certificate(probe).stationarity)
+    assert found[1].task_norm == pytest.approx(found[0].task_norm)
+    assert found[1].constraint_norm == pytest.approx(found[0].constraint_norm)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (lambda: ModifiedBarrier(), lambda: ModifiedBarrier(unit=0.1)),
+        (lambda: DualAscent(), lambda: DualAscent(parametrisation="log")),
+    ],
+)
+def test_a_state_in_another_unit_is_refused(saved, loaded):
+    a, b = (BarrierObjective(None, [Constraint("c", upper=1.0)], rule=rule()) for rule in (saved, loaded))
+    with pytest.raises(ValueError, match="state was saved for methods"):
+        b.load_state_dict(a.state_dict())
+
+
+def test_a_state_that_lacks_something_is_refused():
+    objective = BarrierObjective(None, [Constraint("c", upper=1.0)])
+    state = objective.state_dict()
+    del state["watch"]["violated"]
+    with pytest.raises(ValueError, match="state of the watch lacks 'violated'"):
+        objective.load_state_dict(state)
+    with pytest.raises(ValueError, match="state lacks 'constraints'"):
+        objective.load_state_dict({"version": 1})
 
 
 # ---- the adaptive schedule ------------------------------------------------------------------------------------------
