@@ -59,6 +59,10 @@ def load_options(path: str | Path | None = None, overrides: Sequence[str] = ()) 
     for given in (_read(path), _dotlist(overrides)):
         _check_keys(given, Options)
         _check_types(given, merged)
+        for part in ("rule", "schedule", "estimator"):
+            named = OmegaConf.select(given, f"objective.{part}")
+            if named not in (None, merged.objective[part]):
+                merged.objective[f"{part}_options"] = {}  # another class has other arguments
         merged = OmegaConf.merge(merged, given)
     options = OmegaConf.to_object(merged)
     assert isinstance(options, Options)

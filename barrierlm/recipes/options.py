@@ -68,6 +68,12 @@ class ObjectiveOptions:
 
     rule: str = _option("AdaptiveBarrier", "class name of the rule")
     rule_options: dict[str, Any] = _option({}, "arguments of the rule")
+    unit: float = _option(
+        0.06,
+        "an ordinary multiplier, in nats per token and unit of violation: the `unit` of AdaptiveBarrier and "
+        "ModifiedBarrier",
+        above=0,
+    )
     schedule: str = _option("AdaptiveSchedule", "class name of the schedule of mu")
     schedule_options: dict[str, Any] = _option({}, "arguments of the schedule")
     estimator: str = _option("EMA", "class name of the estimator")

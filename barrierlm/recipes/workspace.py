@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import barrierlm
-from barrierlm import EMA, BarrierObjective, Constraint, Rule, Schedule
+from barrierlm import EMA, AdaptiveBarrier, BarrierObjective, Constraint, ModifiedBarrier, Rule, Schedule
 
 from .config import ConfigError
 from .costs import Cost, imported_costs, load_costs
@@ -105,10 +105,13 @@ def build_objective(options: Options) -> BarrierObjective | None:
     if not options.constraints:
         return None
     given = options.objective
+    # The task loss is a token's NLL, which a bound moves by a few percent; the rules' own unit is 1.
+    learns = given.rule in (AdaptiveBarrier.__name__, ModifiedBarrier.__name__)
+    rule_options = {"unit": given.unit} | given.rule_options if learns else given.rule_options
     return BarrierObjective(
         None,
         [Constraint(name, lower=c.lower, upper=c.upper, scale=c.scale) for name, c in options.constraints.items()],
-        rule=_part("rule", given.rule, given.rule_options, Rule),
+        rule=_part("rule", given.rule, rule_options, Rule),
         schedule=_part("schedule", given.schedule, given.schedule_options, Schedule),
         estimator=_part("estimator", given.estimator, given.estimator_options, EMA),
         noise_floor=given.noise_floor,

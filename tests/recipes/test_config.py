@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from barrierlm.recipes.config import CONFIGS, ConfigError, load_options, option_table, to_yaml
-from barrierlm.recipes.options import Options
+from barrierlm.recipes.options import ObjectiveOptions, Options
+from barrierlm.recipes.workspace import build_objective
 
 
 def test_defaults_then_file_then_overrides(tmp_path: Path):
@@ -24,6 +25,26 @@ def test_shipped_configs_are_valid(name: str):
 
 def test_a_config_without_constraints_is_plain_fine_tuning():
     assert load_options().constraints == {}
+
+
+def test_another_rule_does_not_keep_the_options_of_the_one_before(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    parts = "rule: RelaxedLogBarrier, rule_options: {s: 0.25}, estimator_options: {smoothing: 0.5}"
+    file.write_text(f"objective: {{{parts}}}")
+    assert load_options(file, ["objective.rule=RelaxedLogBarrier"]).objective.rule_options == {"s": 0.25}
+    other = load_options(file, ["objective.rule=ModifiedBarrier", "objective.rule_options.mu=0.3"]).objective
+    assert other.rule_options == {"mu": 0.3}
+    assert other.estimator_options == {"smoothing": 0.5}
+
+
+def test_rules_that_learn_take_the_unit():
+    def rule(*overrides):
+        return build_objective(load_options(None, ["constraints.length.upper=5", *overrides])).rule
+
+    assert rule().unit == ObjectiveOptions().unit
+    assert rule("objective.unit=0.5").unit == 0.5
+    assert rule("objective.rule=ModifiedBarrier", "objective.rule_options.unit=2").unit == 2
+    assert not hasattr(rule("objective.rule=RelaxedLogBarrier"), "unit")
 
 
 def test_options_survive_being_written(tmp_path: Path):
