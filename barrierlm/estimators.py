@@ -48,17 +48,18 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def window_row(d: Tensor, same: Tensor | None = None) -> Tensor:
-    """Sums of one micro-batch's samples ``d`` [n] as the first columns of a row [Column.EXACT]; no host sync.
+    """Sums of one micro-batch's samples ``d`` [..., n] as the first columns of a row [..., Column.EXACT]; no host sync.
 
     ``same`` [n, n] is 1 where two samples are of one group; None: every sample is a group of its own.
     """
-    n = torch.full((), float(d.numel()), dtype=d.dtype, device=d.device)
-    total, squares = d.sum(), (d * d).sum()
+    n = d.new_full(d.shape[:-1], d.shape[-1])
+    total, squares = d.sum(-1), (d * d).sum(-1)
     if same is None:
-        return torch.stack([n, total, squares, n, squares, total, n])
-    size, group_sum = same.sum(1), (same * d).sum(1)
+        return torch.stack([n, total, squares, n, squares, total, n], -1)
+    size, group_sum = same.sum(1), d @ same
     # Each group is seen once per member, hence the divisions by its size.
-    return torch.stack([n, total, squares, (1 / size).sum(), (group_sum**2 / size).sum(), group_sum.sum(), size.sum()])
+    groups, sizes = (1 / size).sum().expand_as(n), size.sum().expand_as(n)
+    return torch.stack([n, total, squares, groups, (group_sum**2 / size).sum(-1), group_sum.sum(-1), sizes], -1)
 
 
 class EMA:
