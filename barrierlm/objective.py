@@ -418,7 +418,7 @@ class BarrierObjective:
         Numbers that are not known yet are NaN.
         """
         metrics = {"barrier/mu": self._committed.base_mu, "barrier/penalty": float(self._committed.penalty)}
-        mean, stderr = self._committed.mean.tolist(), self._committed.stderr.tolist()
+        mean, stderr = self._committed.mean, self._committed.stderr
         for k, name in enumerate(self._committed.bounds.names):
             metrics[f"constraints/{name}/value"] = mean[k]
             metrics[f"constraints/{name}/stderr"] = stderr[k]
@@ -531,9 +531,7 @@ class BarrierObjective:
             measured[index] = measure(list(stack.values()), center, baselines)
         return measured
 
-    def _linear_terms(
-        self, measured: _Stacks, expected: dict[int, int | Tensor], loss_divisor: float
-    ) -> list[Tensor]:
+    def _linear_terms(self, measured: _Stacks, expected: dict[int, int | Tensor], loss_divisor: float) -> list[Tensor]:
         """w_k times this micro-batch's share of the window's mean, added up by stack."""
         terms = []
         for index, m in measured.items():

@@ -321,7 +321,7 @@ def measure_value(value: Tensor, center: Tensor) -> Measured:
 
 
 def structure(measurement: Tensor | Sampled) -> Hashable:
-    """Measurements of one structure are measured together, as one stack [S, n]: a call is mostly its many small steps."""
+    """Measurements of one structure are measured together, as a stack [S, n]: a call is mostly its many small steps."""
     m = measurement
     if isinstance(m, Tensor):
         return m.shape, m.dtype, m.device
@@ -405,10 +405,8 @@ def _measure_sampled(stack: list[Sampled], center: Tensor, positions: Tensor) ->
     overflown = _nonfinite(advantage)
     surrogate = (advantage.masked_fill(overflown, 0) * logps).sum(1)
     total = cost.sum(1).to(logps.dtype) + (surrogate - surrogate.detach())
-    rest = Column.POSITIONS if sums_of_positions else NUM_COLUMNS
-    row = pad(window_row(cost - center, same), (0, rest - Column.EXACT))
-    row = torch.cat([row, *sums_of_positions], 1) if sums_of_positions else row
-    return _measured(total, len(one), row, (bad | overflown).sum(1), alone)
+    sums = torch.cat([window_row(cost - center, same), *sums_of_positions], 1)
+    return _measured(total, len(one), sums, (bad | overflown).sum(1), alone=alone)
 
 
 def _measure_values(stack: list[Tensor], center: Tensor) -> Measured:
@@ -416,10 +414,8 @@ def _measure_values(stack: list[Tensor], center: Tensor) -> Measured:
     value = torch.stack(stack).reshape(len(stack), -1)
     bad = _nonfinite(value.detach())
     clean = value.masked_fill(bad, 0).to(torch.promote_types(value.dtype, torch.float32))
-    row = pad(window_row(clean.detach().to(center) - center[:, None]), (0, NUM_COLUMNS - Column.EXACT))
-    if exact:
-        row[:, Column.EXACT] = 1.0
-    return _measured(clean.sum(1), clean.shape[1], row, bad.sum(1), None)
+    sums = window_row(clean.detach().to(center) - center[:, None])
+    return _measured(clean.sum(1), clean.shape[1], sums, bad.sum(1), exact=exact)
 
 
 def _stacked(tensors: Iterable[Tensor | None]) -> Tensor:
@@ -427,17 +423,30 @@ def _stacked(tensors: Iterable[Tensor | None]) -> Tensor:
 
 
 def _nonfinite(x: Tensor) -> Tensor:
-    """~torch.isfinite(x) in two steps instead of five: 0 times a number is 0, or NaN."""
-    return x * 0 != 0
+    """~torch.isfinite(x), in half the steps: what is not finite leaves NaN when it is subtracted from itself."""
+    nothing = x - x
+    return nothing != nothing
 
 
-def _measured(total: Tensor, count: int, row: Tensor, nonfinite: Tensor, alone: Tensor | None) -> Measured:
-    """Drop the whole term if anything in it is not finite: a partial sum would silently mean another average."""
+def _measured(
+    total: Tensor, count: int, sums: Tensor, nonfinite: Tensor, *, exact: bool = False, alone: Tensor | None = None
+) -> Measured:
+    """The row of these ``sums`` [S, Column.EXACT, then those of positions if there are any].
+
+    Drops the whole term if anything in it is not finite: a partial sum would silently mean another average.
+    """
     # Finite inputs may still overflow when they are squared or summed.
-    nonfinite = torch.maximum(nonfinite, _nonfinite((row * 0).sum(1) + total.detach()).long())
+    nothing = (sums - sums).sum(1) + total.detach()
+    nonfinite = torch.maximum(nonfinite, _nonfinite(nothing).long())
     bad = nonfinite > 0
-    row = row.masked_fill(bad[:, None], 0)
-    row[:, Column.NONFINITE] = nonfinite
+    sums = sums.masked_fill(bad[:, None], 0)
+    row = sums.new_zeros(len(sums), NUM_COLUMNS)
+    row[:, : Column.EXACT] = sums[:, : Column.EXACT]
+    if sums.shape[1] > Column.EXACT:
+        row[:, Column.POSITIONS :] = sums[:, Column.EXACT :]
+    if exact:
+        row[:, Column.EXACT] = (~bad).to(row)
     if alone is not None:
         row[:, Column.BAD_GROUPS] = alone
+    row[:, Column.NONFINITE] = nonfinite
     return Measured(total.masked_fill(bad, 0), count, row)
