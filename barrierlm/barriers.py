@@ -14,6 +14,16 @@ import torch
 from torch import Tensor
 
 
+class Reading(NamedTuple):
+    """One bound's `Readings`, as numbers."""
+
+    z: float
+    window_z: float
+    stderr: float
+    noise: float
+    known: bool
+
+
 class Readings(NamedTuple):
     """What a committed window says about each bound, as vectors [m] in units of the constraints' scales.
 
@@ -28,6 +38,17 @@ class Readings(NamedTuple):
     stderr: Tensor
     noise: Tensor
     known: Tensor
+
+    @classmethod
+    def of(cls, bounds: list[Reading]) -> Readings:
+        """The vectors of what is given bound by bound."""
+        flat = torch.tensor([x for column in zip(*bounds, strict=True) for x in column], dtype=torch.float64)
+        z, window_z, stderr, noise, known = flat.view(5, -1).unbind()
+        return cls(z, window_z, stderr, noise, known > 0)
+
+    def each(self) -> list[Reading]:
+        """Bound by bound: what an update decides differs between bounds, and for few of them numbers are faster."""
+        return [Reading(*numbers) for numbers in zip(*(x.tolist() for x in self), strict=True)]
 
 
 class Rule(ABC):

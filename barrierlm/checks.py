@@ -41,6 +41,8 @@ def check_call(
 
 def check_rows(names: tuple[str, ...], rows: Tensor, *, raise_nonfinite: bool) -> None:
     """What the reduced rows [K, NUM_COLUMNS] say against committing them, before anything changes."""
+    if not rows[:, Column.NONFINITE : Column.BAD_GROUPS + 1].any():
+        return
     alone = torch.nonzero(rows[:, Column.BAD_GROUPS]).flatten().tolist()
     if alone:
         raise ValueError(f"groups of {names[alone[0]]!r}: a prompt has one response; allowed: at least 2 per group")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,12 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .barriers import Readings, Rule
+from .barriers import Reading, Readings, Rule
 from .constraints import Bounds
 from .diagnostics import BoundState, FeasibilityWatch, Report, verdict, verdict_tolerance
-from .estimators import EMA, Column, Scales, wide_dtype
+from .estimators import EMA, Column, Scales, vector, wide_dtype
 from .positions import PositionBaseline
 from .schedules import Schedule
+
+#: The reading of a bound that was not measured.
+_NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False)
 
 
 class View(NamedTuple):
@@ -64,7 +68,8 @@ class Committed:
         self.watch = FeasibilityWatch(len(bounds))
         self.nonfinite = torch.zeros(num_constraints, dtype=torch.float64)
         self.baselines = self.positions.table()
-        self._refresh(*self._read())
+        self._read()
+        self._refresh()
 
     @property
     def base_mu(self) -> float:
@@ -77,31 +82,39 @@ class Committed:
         Rows with NaN or infinite measurements are counted and left out. ``tick=False`` is a calibration: rule
         and schedule do not move.
         """
-        nonfinite = rows[:, Column.NONFINITE]
-        rows = torch.where(nonfinite[:, None] > 0, 0.0, rows)
+        sums = rows[:, : Column.POSITIONS].tolist()
         with self._undo_on_error():
-            self.nonfinite = self.nonfinite + nonfinite
-            if not bool((rows[:, Column.COUNT] > 0).any()):
+            if any(row[Column.NONFINITE] for row in sums):
+                nonfinite = rows[:, Column.NONFINITE]
+                self.nonfinite = self.nonfinite + nonfinite
+                rows = torch.where(nonfinite[:, None] > 0, 0.0, rows)
+                sums = rows[:, : Column.POSITIONS].tolist()
+            measured = [row[Column.COUNT] > 0 for row in sums]
+            if not any(measured):
                 return False
-            mu, s = self.mu, self.s
-            window_mean = self.estimator.center + rows[:, Column.SUM] / rows[:, Column.COUNT]
-            self.scales.update(rows, self.estimator.center)
-            measured = self.estimator.update(rows)
+            center = self.estimator.center
+            window_mean = [
+                c + row[Column.SUM] / max(row[Column.COUNT], 1.0) for c, row in zip(center, sums, strict=True)
+            ]
+            self.scales.update(sums, center)
+            self.estimator.update(sums)
             if self.positions.update(rows):
                 self.baselines = self.positions.table()
-            readings, near = self._read()
+            self._read()
             if tick:
-                known = readings.known & measured[self.bounds.index]
-                window_z = self.bounds.violation(window_mean, self.scales.value) + self.shift
-                z, window_z, stderr, noise = (
-                    torch.where(known, x, 0.0) for x in (readings.z, window_z, readings.stderr, readings.noise)
-                )
-                news = Readings(z, window_z, stderr, noise, known)
-                self.rule.update(news, mu, s)
-                self.schedule.tick(news)
-                self.watch.update(self.z, near)
+                window_z = self.bounds.violations(window_mean, self.scales.value)
+                news = [
+                    r._replace(window_z=z + shift) if r.known and measured[k] else _NOTHING
+                    for r, z, shift, (k, _) in zip(
+                        self._readings, window_z, self._shift, self.bounds.sides, strict=True
+                    )
+                ]
+                readings = Readings.of(news)
+                self.rule.update(readings, self.mu, self.s)
+                self.schedule.tick(readings)
+                self.watch.update(vector(self._z), vector(self._near))
                 self.windows += 1
-            self._refresh(readings, near)
+            self._refresh()
         return True
 
     def _parts(self) -> dict[str, Any]:
@@ -148,66 +161,74 @@ class Committed:
             self.windows = int(state["windows"])
             self.nonfinite = state["nonfinite"].detach().cpu().clone()
             self.baselines = self.positions.table()
-            self._refresh(*self._read())
+            self._read()
+            self._refresh()
 
-    def _read(self) -> tuple[Readings, Tensor]:
-        """The bounds' readings, drawn in by ``shift``, and how far from a bound an estimate still counts as at it [m].
+    def _read(self) -> None:
+        """The bounds' readings, drawn in by ``_shift``, and how far from a bound an estimate still counts as at it.
 
-        ``z`` [m] are the violations of the bounds as the user gave them.
+        ``_z`` are the violations of the bounds as the user gave them. Numbers, not tensors: a commit looks at all of
+        them, and for as few as there are bounds that costs a tenth.
         """
-        index, scale = self.bounds.index, self.scales.value
-        self.mean, self.stderr = self.estimator.mean, self.estimator.stderr
-        self.z = self.bounds.violation(self.mean, scale)
-        known = self.z.isfinite()
-        stderr = (self.stderr / scale)[index]
-        self.shift = self.confidence * (self.estimator.stderr_over(self.LONG) / scale)[index].nan_to_num(0.0)
-        z = torch.where(known, self.z + self.shift, 0.0)
-        noise = torch.where(known, stderr.nan_to_num(1.0), 0.0)  # not known yet: counts as one scale
-        return Readings(z, z, noise, self.noise_floor * noise, known), verdict_tolerance(stderr)
+        scale, mean, stderr = self.scales.value, self.estimator.mean, self.estimator.stderr
+        long = self.estimator.stderr_over(self.LONG)
+        self.mean, self.stderr, self._z = mean, stderr, self.bounds.violations(mean, scale)
+        self._shift, self._near, self._readings = [], [], []
+        for (k, _), z in zip(self.bounds.sides, self._z, strict=True):
+            share = stderr[k] / scale[k]
+            shift = long[k] / scale[k]
+            self._shift.append(0.0 if math.isnan(shift) else self.confidence * shift)
+            self._near.append(verdict_tolerance(share))
+            reading = _NOTHING
+            if math.isfinite(z):
+                noise = 1.0 if math.isnan(share) else share  # not known yet: counts as one scale
+                at = z + self._shift[-1]
+                reading = Reading(at, at, noise, self.noise_floor * noise, True)
+            self._readings.append(reading)
 
-    def _refresh(self, readings: Readings, near: Tensor) -> None:
+    def _refresh(self) -> None:
         """Multipliers, weights and rows for the next window, from the committed estimates."""
-        z, noise, known = readings.z, readings.noise, readings.known
-        base = torch.full_like(z, self.base_mu)
+        noise, base = [r.noise for r in self._readings], self.base_mu
         if self.rule.s is None:
-            mu = torch.maximum(base, noise.sqrt())
-            s = mu**2
+            mu = [max(base, math.sqrt(x)) for x in noise]
+            s = [m * m for m in mu]
         else:
-            mu, s = base, noise.clamp(min=self.rule.s)
-        multiplier = torch.where(known, self.rule.multiplier(z, mu, s), 0.0)
-        value = torch.where(known, self.rule.value(z, mu, s), 0.0)
-        for i in torch.nonzero(~(multiplier.isfinite() & value.isfinite())).flatten().tolist():
-            raise ValueError(
-                f"{type(self.rule).__name__} has no finite multiplier for {self.bounds.labels[i]} at violation "
-                f"z={float(z[i]):.4g}, mu={float(mu[i]):.4g}; allowed: z < 0 for LogBarrier; use RelaxedLogBarrier "
-                "(linear extension) or a larger mu"
-            )
-        scale = self.scales.value[self.bounds.index]
-        weights = torch.zeros(len(self.bounds.constraints), dtype=torch.float64).index_add_(
-            0, self.bounds.index, torch.where(known, self.bounds.sign * multiplier / scale, 0.0)
+            mu, s = [base] * len(noise), [max(x, self.rule.s) for x in noise]
+        z, self.mu, self.s = vector([r.z for r in self._readings] + mu + s).view(3, -1).unbind()
+        multiplier, value = (
+            [x if r.known else 0.0 for r, x in zip(self._readings, of_all.tolist(), strict=True)]
+            for of_all in (self.rule.multiplier(z, self.mu, self.s), self.rule.value(z, self.mu, self.s))
         )
-        self.mu, self.s, self.weights, self.penalty = mu, s, weights, value.sum()
-        self.normalizer = 1 / (1 + multiplier.sum())
-        self.report = self._rows_of(readings, near, multiplier, scale)
+        for i, r in enumerate(self._readings):
+            if not (math.isfinite(multiplier[i]) and math.isfinite(value[i])):
+                raise ValueError(
+                    f"{type(self.rule).__name__} has no finite multiplier for {self.bounds.labels[i]} at violation "
+                    f"z={r.z:.4g}, mu={mu[i]:.4g}; allowed: z < 0 for LogBarrier; use RelaxedLogBarrier "
+                    "(linear extension) or a larger mu"
+                )
+        scale, weights = self.scales.value, [0.0] * len(self.bounds.constraints)
+        for (k, side), r, lam in zip(self.bounds.sides, self._readings, multiplier, strict=True):
+            if r.known:
+                weights[k] += lam / scale[k] * (1 if side == "upper" else -1)
+        self.weights, self.penalty = vector(weights), vector(sum(value))
+        self.normalizer = vector(1 / (1 + sum(multiplier)))
+        self.report = self._rows_of(multiplier, scale)
         self._views: dict[torch.device, View] = {}
 
     def view(self, device: torch.device) -> View:
         """What a call reads, on ``device``: copied there once per window, without waiting for it."""
         if device not in self._views:
             wide = wide_dtype(device)
-            parts = (self.estimator.center, self.baselines, self.weights, self.penalty, self.normalizer)
+            parts = (vector(self.estimator.center), self.baselines, self.weights, self.penalty, self.normalizer)
             self._views[device] = View(*(x.to(device, wide, non_blocking=True) for x in parts))
         return self._views[device]
 
-    def _rows_of(self, readings: Readings, near: Tensor, multiplier: Tensor, scale: Tensor) -> Report:
-        mean, stderr = self.mean.tolist(), self.stderr.tolist()
-        together = self.watch.together()
-        z = self.z.tolist()
-        in_force = self.rule.in_force(self.mu, self.s)
-        columns = [x.tolist() for x in (self.bounds.value, multiplier, *in_force, scale, near)]
+    def _rows_of(self, multiplier: list[float], scale: list[float]) -> Report:
+        mean, together = self.mean, self.watch.together()
+        in_force = [x.tolist() for x in self.rule.in_force(self.mu, self.s)]
         rows = []
         for i, (k, side) in enumerate(self.bounds.sides):
-            bound, lam, mu, s, unit, tolerance = (column[i] for column in columns)
+            bound = self.bounds.values[i]
             others = [self.bounds.labels[j] for j in together if j != i] if i in together else []
             slack = (mean[k] - bound) if side == "lower" else (bound - mean[k])
             rows.append(
@@ -216,13 +237,13 @@ class Committed:
                     side=side,
                     bound=bound,
                     estimate=mean[k],
-                    stderr=stderr[k],
+                    stderr=self.stderr[k],
                     slack=slack,
-                    multiplier=lam,
-                    mu=mu,
-                    s=s,
-                    scale=unit,
-                    verdict=verdict(z[i], tolerance, others),
+                    multiplier=multiplier[i],
+                    mu=in_force[0][i],
+                    s=in_force[1][i],
+                    scale=scale[k],
+                    verdict=verdict(self._z[i], self._near[i], others),
                 )
             )
         return Report(rows)

@@ -9,7 +9,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def _finite(name: str, argument: str, value: Any) -> float:
@@ -103,16 +102,19 @@ class Bounds:
         self.sides = tuple((k, side) for k, c in enumerate(self.constraints) for side in c.sides)
         self.index = torch.tensor([k for k, _ in self.sides], dtype=torch.long)
         self.sign = torch.tensor([1.0 if s == "upper" else -1.0 for _, s in self.sides], dtype=torch.float64)
-        self.value = torch.tensor([getattr(self.constraints[k], s) for k, s in self.sides], dtype=torch.float64)
+        self.values = tuple(getattr(self.constraints[k], s) for k, s in self.sides)
+        self.value = torch.tensor(self.values, dtype=torch.float64)
         self.labels = tuple(f"{names[k]} ({side})" for k, side in self.sides)
 
     def __len__(self) -> int:
         return len(self.sides)
 
-    def violation(self, estimate: Tensor, scale: Tensor) -> Tensor:
+    def violations(self, estimate: list[float], scale: list[float]) -> list[float]:
         """z [m] of the estimates [K] in units of the scales [K]."""
-        z: Tensor = self.sign * (estimate[self.index] - self.value) / scale[self.index]
-        return z
+        return [
+            (estimate[k] - bound if side == "upper" else bound - estimate[k]) / scale[k]
+            for (k, side), bound in zip(self.sides, self.values, strict=True)
+        ]
 
     def fingerprint(self) -> list[list[Any]]:
         """What a saved state must agree with: plain values, safe for ``torch.load(weights_only=True)``."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .committed import Committed
-from .estimators import Column
+from .estimators import Column, vector
 from .sampling import Measured
 
 
@@ -14,7 +14,7 @@ def barrier_terms(committed: Committed, measured: dict[int, Measured]) -> tuple[
     """B(z) of this call's own means, differentiable; without a scale yet, a connected zero."""
     terms = [m.total * 0 for m in measured.values()]
     penalty = torch.zeros((), dtype=torch.float64)
-    scale = committed.scales.value.clone()
+    scale = vector(committed.scales.value)
     for k, m in measured.items():
         if bool(scale[k].isnan()) and m.row[Column.EXACT] > 0:
             scale[k] = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -108,9 +109,9 @@ class FeasibilityWatch:
             setattr(self, name, state[name].detach().cpu().clone())
 
 
-def verdict_tolerance(stderr: Tensor) -> Tensor:
+def verdict_tolerance(stderr: float) -> float:
     """Distance from a bound, in units of the scale, below which it counts as active: 2 stderr, or a hundredth."""
-    return (2 * stderr.nan_to_num(0.0)).clamp(min=0.01)
+    return 0.01 if math.isnan(stderr) else max(2 * stderr, 0.01)
 
 
 def verdict(z: float, tolerance: float, others: Iterable[str]) -> str:

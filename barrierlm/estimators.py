@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,18 +47,52 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def vector(numbers: Any) -> Tensor:
+    """A number, or (nested) list of them, in fp64 on the CPU."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
 def window_row(d: Tensor, same: Tensor | None = None) -> Tensor:
-    """Sums of one micro-batch's samples ``d`` [n] as the first columns of a row [Column.EXACT]; no host sync.
+    """Sums of one micro-batch's samples ``d`` [..., n] as the first columns of a row [..., Column.EXACT]; no host sync.
 
     ``same`` [n, n] is 1 where two samples are of one group; None: every sample is a group of its own.
     """
-    n = torch.full((), float(d.numel()), dtype=d.dtype, device=d.device)
-    total, squares = d.sum(), (d * d).sum()
+    n = d.new_full(d.shape[:-1], d.shape[-1])
+    total, squares = d.sum(-1), (d * d).sum(-1)
     if same is None:
-        return torch.stack([n, total, squares, n, squares, total, n])
-    size, group_sum = same.sum(1), (same * d).sum(1)
+        return torch.stack([n, total, squares, n, squares, total, n], -1)
+    size, group_sum = same.sum(1), d @ same
     # Each group is seen once per member, hence the divisions by its size.
-    return torch.stack([n, total, squares, (1 / size).sum(), (group_sum**2 / size).sum(), group_sum.sum(), size.sum()])
+    groups, sizes = (1 / size).sum().expand_as(n), size.sum().expand_as(n)
+    return torch.stack([n, total, squares, groups, (group_sum**2 / size).sum(-1), group_sum.sum(-1), sizes], -1)
+
+
+class _Sums(NamedTuple):
+    """What an `EMA` keeps of one constraint: weighted sums over its windows, and their mean."""
+
+    weight: float = 0.0
+    weight2: float = 0.0
+    within: float = 0.0
+    within_weight2: float = 0.0
+    spread: float = 0.0
+    mean: float = 0.0
+    exact: float = 0.0
+
+    def stderr(self, windows: int | None = None) -> float:
+        """Of the mean, or of one over so many windows as noisy as the recent ones; 0 if exact, NaN if not known."""
+        if self.weight <= 0:
+            return math.nan
+        if self.exact >= self.weight * (1 - 1e-12):
+            return 0.0
+        own = self.weight2 / max(self.weight * self.weight, 1e-300)
+        # Windows without a spread of their own are taken to be as noisy as those that have one.
+        if self.within_weight2 > 0 and self.within_weight2 >= 0.5 * self.weight2:
+            variance = self.within / self.within_weight2
+        elif own < 1:
+            variance = self.spread / self.weight / (1 - own)
+        else:
+            return math.nan
+        return math.sqrt(max(variance * (own if windows is None else 1 / windows), 0.0))
 
 
 class EMA:
@@ -90,90 +124,72 @@ class EMA:
         if not 0 < smoothing <= 1:
             raise ValueError(f"smoothing={smoothing!r}; allowed: 0 < smoothing <= 1")
         self.smoothing = float(smoothing)
-        self._sums: dict[str, Tensor] = {}
+        self._sums: list[_Sums] = []
 
     def start(self, origin: Tensor) -> None:
         """Forget everything; ``origin`` [K] is what first samples are centred by. Called by the objective."""
-        zeros = torch.zeros_like(origin, dtype=torch.float64)
-        names = ("weight", "weight2", "within", "within_weight2", "spread", "mean", "exact")
-        self._sums = {name: zeros.clone() for name in names} | {"mean": origin.double()}
+        self._sums = [_Sums(mean=x) for x in origin.double().tolist()]
 
     @property
     def known(self) -> Tensor:
         """Which constraints [K] have an estimate."""
-        return self._sums["weight"] > 0
+        return torch.tensor([s.weight > 0 for s in self._sums])
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self) -> list[float]:
         """Estimates [K] in the users' units; NaN before the first window."""
-        return torch.where(self.known, self._sums["mean"], math.nan)
+        return [s.mean if s.weight > 0 else math.nan for s in self._sums]
 
     @property
-    def center(self) -> Tensor:
+    def center(self) -> list[float]:
         """Estimates [K], before the first window the origin: the baseline, and what samples are centred by."""
-        return self._sums["mean"]
+        return [s.mean for s in self._sums]
 
     @property
-    def stderr(self) -> Tensor:
+    def stderr(self) -> list[float]:
         """Standard errors [K] in the users' units; 0 for exact values, NaN where not yet known."""
-        s = self._sums
-        return self._stderr(s["weight2"] / s["weight"].clamp(min=1e-300) ** 2)
+        return [s.stderr() for s in self._sums]
 
-    def stderr_over(self, windows: int) -> Tensor:
+    def stderr_over(self, windows: int) -> list[float]:
         """Standard errors [K] that the mean of so many windows, as noisy as the recent ones, would have."""
-        return self._stderr(torch.full_like(self._sums["weight"], 1 / windows))
+        return [s.stderr(windows) for s in self._sums]
 
-    def _stderr(self, share: Tensor) -> Tensor:
-        """Of a mean whose variance is ``share`` [K] times that of one window's mean."""
-        s = self._sums
-        nan = torch.full_like(s["mean"], math.nan)
-        own = s["weight2"] / s["weight"].clamp(min=1e-300) ** 2
-        # Windows without a spread of their own are taken to be as noisy as those that have one.
-        within = torch.where(s["within_weight2"] > 0, s["within"] / s["within_weight2"], nan)
-        between = torch.where(own < 1, s["spread"] / s["weight"] / (1 - own), nan)
-        variance = torch.where(s["within_weight2"] >= 0.5 * s["weight2"], within, between) * share
-        variance = torch.where(self.known, variance.clamp(min=0), nan)
-        return torch.where(s["exact"] >= s["weight"] * (1 - 1e-12), torch.zeros_like(variance), variance).sqrt()
+    def update(self, rows: list[list[float]]) -> None:
+        """Commit the sums of a window's reduced rows [K, Column.POSITIONS]; one without samples changes nothing."""
+        self._sums = [
+            self._moved(s, row) if row[Column.COUNT] > 0 else s for s, row in zip(self._sums, rows, strict=True)
+        ]
 
-    def update(self, rows: Tensor) -> Tensor:
-        """Commit a window's reduced rows [K, NUM_COLUMNS]; returns which constraints [K] it had samples of."""
-        count, groups = rows[:, Column.COUNT], rows[:, Column.GROUPS]
-        measured = count > 0
-        n = count.clamp(min=1)
-        d = rows[:, Column.SUM] / n
-        deviation = (
-            rows[:, Column.GROUP_SQUARES] - 2 * d * rows[:, Column.GROUP_CROSS] + d * d * rows[:, Column.GROUP_SIZES]
-        ).clamp(min=0)
-        has_spread = (groups > 1.5).double()
-        variance = deviation / n**2 * groups / (groups - 1).clamp(min=0.5)
+    def _moved(self, s: _Sums, row: list[float]) -> _Sums:
+        count, total, _, groups, group_squares, group_cross, group_sizes, num_exact = row[: Column.EXACT + 1]
+        d = total / count
+        deviation = max(group_squares - 2 * d * group_cross + d * d * group_sizes, 0.0)
+        has_spread = float(groups > 1.5)
+        variance = deviation / (count * count) * groups / max(groups - 1, 0.5)
         # Exact values that differ within a window are samples after all.
-        same = deviation <= 1e-20 * rows[:, Column.GROUP_SQUARES]
-        exact = ((rows[:, Column.EXACT] >= count) & same).double()
-
-        a, s = self.smoothing, self._sums
-        x = self.center + d
-        weight = (1 - a) * s["weight"] + a
-        step = x - s["mean"]
-        mean = s["mean"] + a / weight * step
-        new = {
-            "weight": weight,
-            "weight2": (1 - a) ** 2 * s["weight2"] + a**2,
-            "within": (1 - a) ** 2 * s["within"] + a**2 * variance * has_spread,
-            "within_weight2": (1 - a) ** 2 * s["within_weight2"] + a**2 * has_spread,
-            "spread": (1 - a) * s["spread"] + a * step * (x - mean),
-            "mean": mean,
-            "exact": (1 - a) * s["exact"] + a * exact,
-        }
-        self._sums = {key: torch.where(measured, new[key], s[key]) for key in s}
-        return measured
+        exact = float(num_exact >= count and deviation <= 1e-20 * group_squares)
+        a, x = self.smoothing, s.mean + d
+        weight = (1 - a) * s.weight + a
+        step = x - s.mean
+        mean = s.mean + a / weight * step
+        return _Sums(
+            weight=weight,
+            weight2=(1 - a) ** 2 * s.weight2 + a**2,
+            within=(1 - a) ** 2 * s.within + a**2 * variance * has_spread,
+            within_weight2=(1 - a) ** 2 * s.within_weight2 + a**2 * has_spread,
+            spread=(1 - a) * s.spread + a * step * (x - mean),
+            mean=mean,
+            exact=(1 - a) * s.exact + a * exact,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """A deep copy of the state: tensors only."""
-        return {key: value.clone() for key, value in self._sums.items()}
+        return {name: vector([getattr(s, name) for s in self._sums]) for name in _Sums._fields}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self._sums = {key: state[key].detach().cpu().double().clone() for key in self._sums}
+        columns = [state[name].double().tolist() for name in _Sums._fields]
+        self._sums = [_Sums(*numbers) for numbers in zip(*columns, strict=True)]
 
 
 class BatchMean(EMA):
@@ -198,33 +214,42 @@ class Scales:
     """
 
     def __init__(self, bounds: Bounds, origin: Tensor) -> None:
-        self._origin = origin
-        self.value = torch.tensor([c.known_scale() for c in bounds.constraints], dtype=torch.float64)
-        self._sums = torch.zeros(len(bounds.constraints), 3, dtype=torch.float64)
+        self._origin = origin.tolist()
+        self.value = [c.known_scale() for c in bounds.constraints]
+        self._sums = [(0.0, 0.0, 0.0)] * len(self.value)
 
-    def update(self, rows: Tensor, center: Tensor) -> None:
-        """Look at a window's reduced rows [K, NUM_COLUMNS], whose samples were centred by ``center`` [K]."""
-        if not bool(self.value.isnan().any()):
+    def update(self, rows: list[list[float]], center: list[float]) -> None:
+        """Look at the sums of a window's reduced rows [K, Column.POSITIONS], centred by ``center`` [K]."""
+        if not any(math.isnan(value) for value in self.value):
             return
+        seen = [self._seen(k, row, center[k]) for k, row in enumerate(rows)]
+        self.value, self._sums = [value for value, _ in seen], [sums for _, sums in seen]
+
+    def _seen(self, k: int, row: list[float], center: float) -> tuple[float, tuple[float, float, float]]:
         # Sums about the origin, a bound of the constraint: large offsets cost no digits.
-        n, d, dd, shift = rows[:, Column.COUNT], rows[:, Column.SUM], rows[:, Column.SQUARES], center - self._origin
-        self._sums = self._sums + torch.stack([n, d + n * shift, dd + 2 * shift * d + n * shift**2], 1)
-        value = self.value.clone()
-        for k in torch.nonzero(value.isnan() & (n > 0)).flatten().tolist():
-            count, total, squares = self._sums[k].tolist()
-            if rows[k, Column.EXACT] >= n[k]:
-                value[k] = 1.0
-            elif count >= 2:
-                distance = abs(total / count)
-                std = math.sqrt(max(squares - total**2 / count, 0.0) / (count - 1))
-                value[k] = std if std > 1e-9 * distance else distance or 1.0
-        self.value = value
+        n, d, dd, shift = row[Column.COUNT], row[Column.SUM], row[Column.SQUARES], center - self._origin[k]
+        before = self._sums[k]
+        count, total, squares = sums = (
+            before[0] + n,
+            before[1] + (d + n * shift),
+            before[2] + (dd + 2 * shift * d + n * (shift * shift)),
+        )
+        value = self.value[k]
+        if not math.isnan(value) or n <= 0:
+            return value, sums
+        if row[Column.EXACT] >= n:
+            return 1.0, sums
+        if count < 2:
+            return value, sums
+        distance = abs(total / count)
+        std = math.sqrt(max(squares - total * total / count, 0.0) / (count - 1))
+        return (std if std > 1e-9 * distance else distance or 1.0), sums
 
     def state_dict(self) -> dict[str, Any]:
         """A deep copy of the state: tensors only."""
-        return {"value": self.value.clone(), "sums": self._sums.clone()}
+        return {"value": vector(self.value), "sums": vector(self._sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.value = state["value"].detach().cpu().clone()
-        self._sums = state["sums"].detach().cpu().clone()
+        self.value = state["value"].tolist()
+        self._sums = [tuple(sums) for sums in state["sums"].tolist()]

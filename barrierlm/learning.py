@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .barriers import Readings, RelaxedLogBarrier, Rule
+from .barriers import Reading, Readings, RelaxedLogBarrier, Rule
 
 #: Where the modified barrier's log is continued by a parabola, as a share of mu.
 _BETA = 0.5
@@ -25,16 +28,29 @@ _FAR_STEP, _GROWTH = 0.3, 0.2
 
 def _psi(u: Tensor) -> Tensor:
     """-log(1 - u) for u <= beta, then the parabola that matches value, slope and curvature."""
-    inner = -torch.log1p(-u.clamp(max=_BETA))
-    v = u.clamp(min=_BETA)
-    outer = (v * v / 2 + (1 - 2 * _BETA) * v - _BETA * (2 - 3 * _BETA) / 2) / (1 - _BETA) ** 2
-    return torch.where(u <= _BETA, inner, outer - math.log(1 - _BETA))
+    beyond = (u - _BETA).relu() / (1 - _BETA)
+    return beyond + beyond * beyond / 2 - torch.log1p(-u.clamp(max=_BETA))
 
 
 def _psi_slope(u: Tensor) -> Tensor:
     """The derivative of `_psi`; 1 at u = 0."""
-    inner = 1 / (1 - u.clamp(max=_BETA))
-    return torch.where(u <= _BETA, inner, (u.clamp(min=_BETA) + 1 - 2 * _BETA) / (1 - _BETA) ** 2)
+    return (1 - u.clamp(max=_BETA)).reciprocal() + (u - _BETA).relu() / (1 - _BETA) ** 2
+
+
+@dataclass(slots=True)
+class _Bound:
+    """What was learned of one bound; the last three are of `AdaptiveBarrier` alone."""
+
+    learned: float
+    age: float
+    side: float
+    uncrossed: float
+    average: float
+    seen: float
+    lasting: float
+    frozen_mu: float = 0.0
+    smallest_seen: float = math.inf
+    held: float = 0.0
 
 
 class _Learner(Rule):
@@ -95,43 +111,49 @@ class _Learner(Rule):
         """mu [m] of bounds of this age."""
         return mu * (1 + self.age.to(mu) / self.decay).sqrt()
 
-    def _coming_down(self, readings: Readings) -> Tensor:
-        """Take z into its slow average; which violations [m] are clearly below theirs."""
-        z, known, share = readings.z, readings.known, 1 / self.patience
-        self.seen = torch.where(known, (1 - share) * self.seen + share, self.seen)
-        step = share / self.seen.clamp(min=share) * (z - self.average)
-        self.average = torch.where(known, self.average + step, self.average)
-        coming = (z > 0) & (self.average - z > torch.maximum(readings.stderr, (1 - _PROGRESS) * z))
-        lasting = torch.where((z > 2 * readings.stderr) & ~coming, self.lasting + 1, 0.0)
-        self.lasting = torch.where(known, lasting, self.lasting)
+    def _each(self) -> list[_Bound]:
+        """What was learned, bound by bound."""
+        return [_Bound(*numbers) for numbers in zip(*(getattr(self, n).tolist() for n in self._learned), strict=True)]
+
+    def _keep(self, bounds: list[_Bound]) -> None:
+        """What has been learned since, in new tensors."""
+        numbers = torch.tensor([getattr(b, n) for n in self._learned for b in bounds], dtype=torch.float64)
+        for name, column in zip(self._learned, numbers.view(-1, len(bounds)).unbind(), strict=True):
+            setattr(self, name, column)
+
+    def _coming_down(self, b: _Bound, r: Reading) -> bool:
+        """Take z into its slow average; whether a violation is clearly below it."""
+        share = 1 / self.patience
+        b.seen = (1 - share) * b.seen + share
+        b.average += share / max(b.seen, share) * (r.z - b.average)
+        coming = r.z > 0 and b.average - r.z > max(r.stderr, (1 - _PROGRESS) * r.z)
+        b.lasting = b.lasting + 1 if r.z > 2 * r.stderr and not coming else 0.0
         return coming
 
-    def _learn(self, readings: Readings, mask: Tensor, coming: Tensor, slope: Tensor) -> None:
-        """One damped step of the bounds in ``mask`` [m].
-
-        ``coming`` [m] are the violations that come down; ``slope`` [m] is psi' at the newest window's z.
-        """
-        z, stderr, noisy = readings.z, readings.stderr, readings.stderr > 0
-        near = noisy & (z.abs() < _NEAR * stderr)
-        restart = mask & (self.lasting >= _RESTART * self.patience)
-        age = torch.where(restart, 0.0, self.age)
-        drive = torch.minimum(readings.window_z, torch.where(near, 1.0, _FAR_STEP)).clamp(min=-1)
-        drive = torch.where((z > _FAR * stderr) & coming, 0.0, drive)
-        # By the estimate's side, not the window's: else noise alone would pull the multiplier of a violation down.
-        share = torch.where(near | (z < 0), 1.0, _GROWTH)
-        gain = 1 + share * (self.learned - 1).clamp(min=0)
-        sampled_move = self.step / (1 + age / self.decay) * gain * drive
-        if self.step == 1:
-            exact_move = self.learned * (slope - 1)
+    def _learn(self, b: _Bound, r: Reading, mu: float, *, coming: bool) -> None:
+        """One damped step of a bound; ``coming``: it is a violation that comes down."""
+        noisy = r.stderr > 0
+        near = noisy and abs(r.z) < _NEAR * r.stderr
+        restart = b.lasting >= _RESTART * self.patience
+        age = 0.0 if restart else b.age
+        if noisy:
+            drive = max(min(r.window_z, 1.0 if near else _FAR_STEP), -1.0)
+            if r.z > _FAR * r.stderr and coming:
+                drive = 0.0
+            # By the estimate's side, not the window's: else noise alone would pull the multiplier of a violation down.
+            share = 1.0 if near or r.z < 0 else _GROWTH
+            gain = 1 + share * max(b.learned - 1, 0.0)
+            move = self.step / (1 + age / self.decay) * gain * drive
+        elif self.step == 1:
+            slope = _psi_slope(torch.tensor(r.window_z / mu, dtype=torch.float64)).item()
+            move = b.learned * (slope - 1)
         else:
-            exact_move = self.step * self.learned.clamp(min=1) * readings.window_z.clamp(-1, 1)
-        learned = (self.learned + torch.where(noisy, sampled_move, exact_move)).clamp(0, _MAX_MULTIPLIER)
-        self.learned = torch.where(mask, learned, self.learned)
-        uncrossed = torch.where(restart, 0.0, self.uncrossed + noisy)
-        crossed = mask & noisy & (z.sign() * self.side < 0)
-        self.age = torch.where(crossed, age + uncrossed, age)
-        self.uncrossed = torch.where(mask, torch.where(crossed, 0.0, uncrossed), self.uncrossed)
-        self.side = torch.where(mask, z.sign(), self.side)
+            move = self.step * max(b.learned, 1.0) * max(min(r.window_z, 1.0), -1.0)
+        b.learned = min(max(b.learned + move, 0.0), _MAX_MULTIPLIER)
+        uncrossed = 0.0 if restart else b.uncrossed + noisy
+        crossed = noisy and r.z * b.side < 0
+        b.age, b.uncrossed = (age + uncrossed, 0.0) if crossed else (age, uncrossed)
+        b.side = float((r.z > 0) - (r.z < 0))
 
 
 class ModifiedBarrier(_Learner):
@@ -187,8 +209,11 @@ class ModifiedBarrier(_Learner):
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """The damped multiplier step of every measured bound."""
-        slope = _psi_slope(readings.window_z / mu)
-        self._learn(readings, readings.known, self._coming_down(readings), slope)
+        bounds = self._each()
+        for b, r, own in zip(bounds, readings.each(), mu.tolist(), strict=True):
+            if r.known:
+                self._learn(b, r, own, coming=self._coming_down(b, r))
+        self._keep(bounds)
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The mu that noise has let grow."""
@@ -249,6 +274,7 @@ class AdaptiveBarrier(_Learner):
             raise ValueError(f"smallest_mu={smallest_mu!r}; allowed: smallest_mu > 0")
         self.smallest_mu = float(smallest_mu)
         self._relaxed = RelaxedLogBarrier()
+        self._made: tuple[Tensor, Tensor, tuple[Tensor, Tensor, int]] | None = None
 
     def start(self, num_bounds: int) -> None:
         super().start(num_bounds)
@@ -260,43 +286,60 @@ class AdaptiveBarrier(_Learner):
         """Which bounds [m] have been handed over."""
         return self.frozen_mu > 0
 
-    def _mix(self, relaxed: Tensor, modified: Tensor) -> Tensor:
-        return torch.where(self.learning.to(relaxed.device), modified, relaxed)
+    def _own(self) -> tuple[Tensor, Tensor, int]:
+        """The mu [m] of the bounds handed over (of others 1), as noise let it grow; which they are, and how many."""
+        made_of = self.frozen_mu, self.age
+        # What is learned is replaced, never changed, so the same tensors are the same numbers.
+        if self._made is None or self._made[0] is not made_of[0] or self._made[1] is not made_of[1]:
+            learning = self.learning
+            own = self._grown(self.frozen_mu).masked_fill(~learning, 1.0)
+            self._made = *made_of, (own, learning, int(learning.sum()))
+        return self._made[2]
 
-    def _own_mu(self, mu: Tensor) -> Tensor:
-        return self._grown(torch.where(self.learning, self.frozen_mu, 1.0).to(mu))
+    def _mix(self, relaxed: Callable[[], Tensor], modified: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        own, learning, count = self._own()
+        if count == 0:
+            return self.unit * relaxed()
+        learned = modified(own.to(z))
+        if count < len(learning):
+            learned = torch.where(learning.to(z.device), learned, relaxed())
+        return self.unit * learned
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The penalty [m] of whichever half is in force."""
-        own = self._own_mu(mu)
-        return self.unit * self._mix(self._relaxed.value(z, mu, s), own * self.learned.to(z) * _psi(z / own))
+        relaxed = partial(self._relaxed.value, z, mu, s)
+        return self._mix(relaxed, lambda own: own * self.learned.to(z) * _psi(z / own), z)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The multiplier [m] of whichever half is in force."""
-        learned = self.learned.to(z) * _psi_slope(z / self._own_mu(mu))
-        return self.unit * self._mix(self._relaxed.multiplier(z, mu, s), learned)
+        relaxed = partial(self._relaxed.multiplier, z, mu, s)
+        return self._mix(relaxed, lambda own: self.learned.to(z) * _psi_slope(z / own), z)
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """Learn where handed over; hand over where mu has stopped."""
-        learning, known = self.learning, readings.known
-        coming = self._coming_down(readings)
-        falling = mu < 0.999 * self.smallest_seen
-        self.smallest_seen = torch.where(known, torch.minimum(mu, self.smallest_seen), self.smallest_seen)
-        self.held = torch.where(known, torch.where(falling, 1.0, self.held + 1), self.held)
+        bounds, given = self._each(), list(zip(readings.each(), mu.tolist(), strict=True))
         # One bound's noise, or its end, holds the others' mu too.
-        stopped = (known & ((readings.noise >= self._STOPPED * mu**2) | (mu <= self.smallest_mu))).any()
-        held = (self.held > self.patience) & (readings.stderr > 0)
-        stuck = self.lasting >= self.patience
-        hand_over = known & ~learning & (stopped | stuck | held)
-        # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
-        own = torch.maximum(mu, readings.noise.sqrt())
-        implied = self.multiplier(readings.z, own, own**2) / self.unit / _psi_slope(readings.z / own)
-        slope = _psi_slope(readings.window_z / self._own_mu(mu))
-        self._learn(readings, learning & known, coming, slope)
-        self.learned = torch.where(hand_over, implied, self.learned)
-        self.frozen_mu = torch.where(hand_over, own, self.frozen_mu)
+        stopped = any(r.known and (r.noise >= self._STOPPED * m * m or m <= self.smallest_mu) for r, m in given)
+        for b, (r, m) in zip(bounds, given, strict=True):
+            if not r.known:
+                continue
+            coming = self._coming_down(b, r)
+            b.held = 1.0 if m < 0.999 * b.smallest_seen else b.held + 1
+            b.smallest_seen = min(m, b.smallest_seen)
+            if b.frozen_mu > 0:
+                self._learn(b, r, b.frozen_mu * math.sqrt(1 + b.age / self.decay), coming=coming)
+            elif stopped or b.lasting >= self.patience or (b.held > self.patience and r.stderr > 0):
+                # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
+                b.frozen_mu = max(m, math.sqrt(r.noise))
+                b.learned = self._implied(r.z, b.frozen_mu)
+        self._keep(bounds)
+
+    def _implied(self, z: float, mu: float) -> float:
+        """The learned multiplier with which the modified barrier goes on where the relaxed one stands."""
+        at, own = torch.tensor([z, mu], dtype=torch.float64).unbind()
+        return (self._relaxed.multiplier(at, own, own**2) / _psi_slope(at / own)).item()
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The frozen mu, as noise has let it grow, where the bound has been handed over."""
-        own = torch.where(self.learning, self._own_mu(mu), mu)
-        return self.unit * own, torch.where(self.learning, own**2, s)
+        own, learning, _ = self._own()
+        return self.unit * torch.where(learning, own, mu), torch.where(learning, own * own, s)

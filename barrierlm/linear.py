@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from .committed import View
 from .estimators import NUM_COLUMNS, Column, wide_dtype
 from .packing import PackedBatch, check_responses, owner_of_rows
-from .sampling import Sampled
+from .sampling import Sampled, rows_of, stacks
 
 #: Where the statistics of `constraint_weights`, whose first columns are those of `Column`, differ from them.
 _NONFINITE, _FIRST_POSITION = 7, 8
@@ -96,7 +96,7 @@ def one_pass(
     responses = None
     if sampled and batch.num_sampled:
         responses = _Responses(hidden, head, batch, sampled)
-        for stack in _stacks(sampled):
+        for stack in stacks(sampled, _structure):
             own_weights, own_value, own_rows = _weigh(stack, responses, view, weights, head.impl)
             row_weights[responses.first :] += own_weights.to(row_weights)
             value = value + own_value
@@ -187,13 +187,10 @@ class _Responses:
             row[Column.NONFINITE] += late
 
 
-def _stacks(sampled: Mapping[int, Sampled]) -> list[dict[int, Sampled]]:
+def _structure(m: Sampled) -> Hashable:
     """Constraints with the same groups and the same importance ratios: one call weighs them all."""
-    stacks: dict[tuple[Any, ...], dict[int, Sampled]] = {}
-    for k, m in sampled.items():
-        ratios = None if m.old_logps is None else (id(m.old_logps), id(m.logps), m.clip)
-        stacks.setdefault((m.credited_per_token, id(m.groups), ratios), {})[k] = m
-    return list(stacks.values())
+    ratios = None if m.old_logps is None else (id(m.old_logps), id(m.logps), m.clip)
+    return m.credited_per_token, id(m.groups), ratios
 
 
 def _weigh(
@@ -216,7 +213,7 @@ def _weigh(
     given = [responses.costs(m) for m in stack.values()]
     dtype = functools.reduce(torch.promote_types, [c.dtype for c in given], responses.dtype)
     costs = torch.stack([torch.where(finite, c.to(dtype), math.nan) for c in given])
-    center = torch.stack([view.center[k] for k in stack])
+    center = rows_of(view.center, stack)
     coefficients = torch.stack([weights[k] for k in stack])
     result = constraint_weights(
         costs,
@@ -224,7 +221,7 @@ def _weigh(
         coefficients=coefficients,
         groups=one.groups,
         cu_seqlens=responses.cu_seqlens if per_token else None,
-        baselines=torch.stack([view.baselines[k] for k in stack]) if per_token else None,
+        baselines=rows_of(view.baselines, stack) if per_token else None,
         ratios=ratios,
         num_samples=1,  # the coefficients hold the share of the window
         impl=impl,

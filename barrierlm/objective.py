@@ -24,11 +24,13 @@ from .learning import AdaptiveBarrier
 from .output import ObjectiveOutput
 from .packing import PackedBatch
 from .probe import GradientProbe
-from .sampling import Measured, Sampled, measure_value
+from .sampling import Measured, Sampled, measure, rows_of, stacks, structure
 from .schedules import AdaptiveSchedule, Schedule
 from .window import Window
 
 Measurements = Mapping[str, Tensor | Sampled]
+#: What was measured, by the constraints of each stack.
+_Stacks = dict[tuple[int, ...], Measured]
 
 #: Calls without a single `step()` after which the loop is told; more micro-batches than most windows have.
 _CALLS_BEFORE_WARNING = 32
@@ -318,7 +320,7 @@ class BarrierObjective:
         weights = {k: view.weights[k] * self._share(batch.num_sampled, expected.get(k), loss_divisor) for k in ours}
         out = one_pass(hidden, head, batch, ours, view, weights, compact=compact)
         terms = self._linear_terms(measured, expected, loss_divisor)
-        rows = {k: m.row for k, m in measured.items()} | out.window_rows
+        rows = _rows(measured) | out.window_rows
         return self._finish(out.loss, terms, out.task_loss, view.penalty, rows, expected, separable=False)
 
     def step(self) -> None:
@@ -371,7 +373,7 @@ class BarrierObjective:
             self._check_call(measurements, {}, 1, how="calibrate")
             measured = self._measure(measurements)
         window = Window(len(self.constraints))
-        window.add({k: m.row for k, m in measured.items()}, {})
+        window.add(_rows(measured), {})
         _, rows = window.reduce(self.process_group)
         self._check_rows(rows)
         self._committed.commit(rows, tick=False)
@@ -416,7 +418,7 @@ class BarrierObjective:
         Numbers that are not known yet are NaN.
         """
         metrics = {"barrier/mu": self._committed.base_mu, "barrier/penalty": float(self._committed.penalty)}
-        mean, stderr = self._committed.mean.tolist(), self._committed.stderr.tolist()
+        mean, stderr = self._committed.mean, self._committed.stderr
         for k, name in enumerate(self._committed.bounds.names):
             metrics[f"constraints/{name}/value"] = mean[k]
             metrics[f"constraints/{name}/stderr"] = stderr[k]
@@ -468,12 +470,11 @@ class BarrierObjective:
         expected = {names.index(name): n for name, n in num_samples_in_window.items()}
         measured = self._measure(measurements)
         if self.multiplier == "current":
-            terms, penalty = barrier_terms(self._committed, measured)
+            terms, penalty = barrier_terms(self._committed, _apart(measured))
         else:
             terms = self._linear_terms(measured, expected, loss_divisor)
             penalty = self._committed.view(task_loss.device).penalty
-        rows = {k: m.row for k, m in measured.items()}
-        return self._finish(task_loss, terms, task_loss, penalty, rows, expected)
+        return self._finish(task_loss, terms, task_loss, penalty, _rows(measured), expected)
 
     def _finish(
         self,
@@ -520,27 +521,27 @@ class BarrierObjective:
                 "or multiplier='committed'"
             )
 
-    def _measure(self, measurements: Measurements) -> dict[int, Measured]:
+    def _measure(self, measurements: Measurements) -> _Stacks:
+        names = self._committed.bounds.names
+        given = {k: measurements[name] for k, name in enumerate(names) if measurements.get(name) is not None}
         measured = {}
-        for k, name in enumerate(self._committed.bounds.names):
-            value = measurements.get(name)
-            if value is None:
-                continue
-            view = self._committed.view(_device(value))
-            if isinstance(value, Sampled):
-                measured[k] = value.measure(view.center[k], view.baselines[k])
-            else:
-                measured[k] = measure_value(value, view.center[k])
+        for stack in stacks(given, structure):
+            view, index = self._committed.view(_device(next(iter(stack.values())))), tuple(stack)
+            center, baselines = rows_of(view.center, index), rows_of(view.baselines, index)
+            measured[index] = measure(list(stack.values()), center, baselines)
         return measured
 
-    def _linear_terms(
-        self, measured: dict[int, Measured], expected: dict[int, int | Tensor], loss_divisor: float
-    ) -> list[Tensor]:
-        """w_k times this micro-batch's share of the window's mean."""
+    def _linear_terms(self, measured: _Stacks, expected: dict[int, int | Tensor], loss_divisor: float) -> list[Tensor]:
+        """w_k times this micro-batch's share of the window's mean, added up by stack."""
         terms = []
-        for k, m in measured.items():
-            share = self._share(m.count, expected.get(k), loss_divisor)
-            terms.append(m.total * (self._committed.view(m.total.device).weights[k] * share).to(m.total))
+        for index, m in measured.items():
+            weights = rows_of(self._committed.view(m.total.device).weights, index)
+            if expected.keys().isdisjoint(index):
+                weights = weights * self._share(m.count, None, loss_divisor)
+            else:
+                shares = [self._share(m.count, expected.get(k), loss_divisor) for k in index]
+                weights = torch.stack([w * share for w, share in zip(weights.unbind(), shares, strict=True)])
+            terms.append((m.total * weights.to(m.total)).sum())
         return terms
 
     def _share(self, count: int, expected: int | Tensor | None, loss_divisor: float) -> float | Tensor:
@@ -572,3 +573,17 @@ class BarrierObjective:
 
 def _device(measurement: Tensor | Sampled) -> torch.device:
     return measurement.device
+
+
+def _rows(measured: _Stacks) -> dict[int, Tensor]:
+    """Rows of sums by constraint."""
+    return {k: row for index, m in measured.items() for k, row in zip(index, m.row.unbind(), strict=True)}
+
+
+def _apart(measured: _Stacks) -> dict[int, Measured]:
+    """The same by constraint."""
+    return {
+        k: Measured(total, m.count, row)
+        for index, m in measured.items()
+        for k, total, row in zip(index, m.total.unbind(), m.row.unbind(), strict=True)
+    }

@@ -28,10 +28,10 @@ class PositionBaseline:
 
     def update(self, rows: Tensor) -> bool:
         """Commit a window's reduced rows [K, NUM_COLUMNS]; False if it had no per-token costs."""
+        if not bool(rows[:, -NUM_POSITIONS:].any()):
+            return False
         window = rows[:, Column.POSITIONS :].reshape(-1, 2, NUM_POSITIONS)
         measured = window[:, 1].sum(-1) > 0
-        if not bool(measured.any()):
-            return False
         moved = (1 - self.smoothing) * self._sums + self.smoothing * window
         self._sums = torch.where(measured[:, None, None], moved, self._sums)
         return True

@@ -6,22 +6,26 @@ gradient of that sum's expectation, and a row of sums for the estimator. Neither
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .estimators import NUM_COLUMNS, NUM_POSITIONS, Column, wide_dtype, window_row
 from .positions import position_bucket
 
+_M = TypeVar("_M")
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One micro-batch of one constraint.
+    """One micro-batch of one constraint, or of a stack [S] of them.
 
-    ``total`` is the differentiable sum over its ``count`` samples, ``row`` its sums [NUM_COLUMNS].
+    ``total`` ([S]) is the differentiable sum over its ``count`` samples, ``row`` ([S, ]NUM_COLUMNS) its sums.
     """
 
     total: Tensor
@@ -306,76 +310,143 @@ class Sampled:
             center: Committed mean, 0-d, on the device of the values.
             positions: Committed baselines by position bucket [NUM_POSITIONS], likewise.
         """
-        assert self.values is not None
-        wide = wide_dtype(self.values.device)
-        values, old_logps = self.values.to(wide), self.old_logps
-        logps = torch.zeros_like(values) if self.logps is None else self.logps
-        logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
-        finite = torch.isfinite(values) & torch.isfinite(logps.detach())
-        if old_logps is not None:
-            finite = finite & torch.isfinite(old_logps)
-        # Bad numbers are replaced before anything is added up, and the whole term is dropped below.
-        values, logps = torch.where(finite, values, 0), torch.where(finite, logps, 0)
-        row = values.new_zeros(NUM_COLUMNS)
-
-        seq: Tensor | None = None
-        # 1 where two responses answer one prompt [B, B]: a comparison needs no host sync, unlike torch.unique.
-        same = None if self.groups is None else (self.groups[:, None] == self.groups[None, :]).to(wide)
-        if not self.credited_per_token:
-            cost, advantage = values, values - center
-            if same is not None:
-                others = same.sum(1) - 1
-                row[Column.BAD_GROUPS] = (others < 1).sum()
-                advantage = values - ((same * values).sum(1) - values) / others.clamp(min=1)
-        else:
-            assert self.cu_seqlens is not None
-            cu = self.cu_seqlens.to(values.device, torch.long)
-            place = torch.arange(values.shape[0], device=values.device)
-            seq = torch.searchsorted(cu[1:].contiguous(), place, right=True)
-            before = torch.cat([values.new_zeros(1), values.cumsum(0)])
-            to_go = before[cu[1:]][seq] - before[:-1]
-            cost = before[cu[1:]] - before[cu[:-1]]
-            bucket = position_bucket(place - cu[seq])
-            advantage = to_go - positions[bucket]
-            half = Column.POSITIONS + NUM_POSITIONS
-            row[Column.POSITIONS : half].index_add_(0, bucket, to_go)
-            row[half:].index_add_(0, bucket, torch.ones_like(to_go))
-
-        if old_logps is not None:
-            log_ratio = logps.detach().to(wide) - torch.where(finite, old_logps.detach(), 0).to(wide)
-            if seq is not None:
-                log_ratio = torch.zeros_like(cost).index_add_(0, seq, log_ratio)
-            ratio = log_ratio.exp()
-            if self.clip is not None:
-                ratio = ratio.clamp(max=1 + self.clip)
-            cost = center + ratio * (cost - center)
-            advantage = advantage * (ratio if seq is None else ratio[seq])
-
-        advantage = advantage.to(logps.dtype)
-        nonfinite = (~finite).sum() + (~torch.isfinite(cost)).sum() + (~torch.isfinite(advantage)).sum()
-        surrogate = (torch.where(nonfinite == 0, advantage, 0) * logps).sum()
-        total = cost.sum().to(logps.dtype) + (surrogate - surrogate.detach())
-        row[: Column.EXACT] = window_row(cost - center, same)
-        return _measured(total, len(self), row, nonfinite)
+        stack = measure([self], center[None], positions[None])
+        return Measured(stack.total[0], stack.count, stack.row[0])
 
 
 def measure_value(value: Tensor, center: Tensor) -> Measured:
     """The same for a differentiable measurement: [n] samples, or 0-d for a value without sampling noise."""
-    finite = torch.isfinite(value.detach())
-    clean = torch.where(finite, value, 0).to(torch.promote_types(value.dtype, torch.float32)).reshape(-1)
-    row = torch.zeros(NUM_COLUMNS, dtype=center.dtype, device=value.device)
-    row[: Column.EXACT] = window_row(clean.detach().to(row) - center)
-    row[Column.EXACT] = float(value.dim() == 0)
-    return _measured(clean.sum(), clean.shape[0], row, (~finite).sum())
+    stack = _measure_values([value], center[None])
+    return Measured(stack.total[0], stack.count, stack.row[0])
 
 
-def _measured(total: Tensor, count: int, row: Tensor, nonfinite: Tensor) -> Measured:
-    """Drop the whole term if anything in it is not finite: a partial sum would silently mean another average."""
+def structure(measurement: Tensor | Sampled) -> Hashable:
+    """Measurements of one structure are measured together, as a stack [S, n]: a call is mostly its many small steps."""
+    m = measurement
+    if isinstance(m, Tensor):
+        return m.shape, m.dtype, m.device
+    given = [x if x is None else (x.dtype, x.device) for x in (m.values, m.logps, m.old_logps)]
+    return m.credited_per_token, m.size, *given, m.clip, id(m.groups), id(m.cu_seqlens)
+
+
+def stacks(given: Mapping[int, _M], structure: Callable[[_M], Hashable]) -> list[dict[int, _M]]:
+    """What is given, by constraint, apart by structure."""
+    found: dict[Hashable, dict[int, _M]] = {}
+    for k, m in given.items():
+        found.setdefault(structure(m), {})[k] = m
+    return list(found.values())
+
+
+def rows_of(table: Tensor, index: Collection[int]) -> Tensor:
+    """``table[index]``, without copying the index to the table's device, which would wait for it."""
+    first, size = next(iter(index)), len(index)
+    if list(index) == list(range(first, first + size)):
+        return table[first : first + size]
+    return torch.stack([table[k] for k in index])
+
+
+def measure(stack: Sequence[Tensor | Sampled], center: Tensor, positions: Tensor) -> Measured:
+    """Measurements of one structure [S], with committed means [S] and position baselines [S, NUM_POSITIONS]."""
+    sampled = [m for m in stack if isinstance(m, Sampled)]
+    if sampled:
+        return _measure_sampled(sampled, center, positions)
+    return _measure_values([m for m in stack if isinstance(m, Tensor)], center)
+
+
+def _measure_sampled(stack: list[Sampled], center: Tensor, positions: Tensor) -> Measured:
+    one = stack[0]
+    wide, center = wide_dtype(one.device), center[:, None]
+    values = _stacked(m.values for m in stack).to(wide)
+    logps = torch.zeros_like(values) if one.logps is None else _stacked(m.logps for m in stack)
+    logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
+    bad = _nonfinite(values) | _nonfinite(logps.detach())
+    if one.old_logps is not None:
+        old_logps = _stacked(m.old_logps for m in stack).detach()
+        bad = bad | _nonfinite(old_logps)
+    # Bad numbers are replaced before anything is added up, and the whole term is dropped below.
+    values, logps = values.masked_fill(bad, 0), logps.masked_fill(bad, 0)
+
+    seq: Tensor | None = None
+    sums_of_positions: list[Tensor] = []
+    # 1 where two responses answer one prompt [B, B]: a comparison needs no host sync, unlike torch.unique.
+    same = None if one.groups is None else (one.groups[:, None] == one.groups[None, :]).to(wide)
+    alone = None
+    if not one.credited_per_token:
+        cost, advantage = values, values - center
+        if same is not None:
+            others = same.sum(1) - 1
+            alone = (others < 1).sum()
+            advantage = values - (values @ same - values) / others.clamp(min=1)
+    else:
+        assert one.cu_seqlens is not None
+        cu = one.cu_seqlens.to(values.device, torch.long)
+        place = torch.arange(values.shape[1], device=values.device)
+        seq = torch.searchsorted(cu[1:].contiguous(), place, right=True)
+        before = pad(values.cumsum(1), (1, 0))
+        ends = before[:, cu[1:]]
+        to_go = ends[:, seq] - before[:, :-1]
+        cost = ends - before[:, cu[:-1]]
+        bucket = position_bucket(place - cu[seq])
+        advantage = to_go - positions[:, bucket]
+        empty = values.new_zeros(len(stack), NUM_POSITIONS)
+        sums_of_positions = [empty.index_add(1, bucket, x) for x in (to_go, torch.ones_like(to_go))]
+
+    if one.old_logps is not None:
+        ratio = logps.detach().to(wide) - old_logps.masked_fill(bad, 0).to(wide)
+        if seq is not None:
+            ratio = torch.zeros_like(cost).index_add_(1, seq, ratio)
+        ratio = ratio.exp()
+        if one.clip is not None:
+            ratio = ratio.clamp(max=1 + one.clip)
+        cost = center + ratio * (cost - center)
+        advantage = advantage * (ratio if seq is None else ratio[:, seq])
+
+    advantage = advantage.to(logps.dtype)
+    overflown = _nonfinite(advantage)
+    surrogate = (advantage.masked_fill(overflown, 0) * logps).sum(1)
+    total = cost.sum(1).to(logps.dtype) + (surrogate - surrogate.detach())
+    sums = torch.cat([window_row(cost - center, same), *sums_of_positions], 1)
+    return _measured(total, len(one), sums, (bad | overflown).sum(1), alone=alone)
+
+
+def _measure_values(stack: list[Tensor], center: Tensor) -> Measured:
+    exact = stack[0].dim() == 0
+    value = torch.stack(stack).reshape(len(stack), -1)
+    bad = _nonfinite(value.detach())
+    clean = value.masked_fill(bad, 0).to(torch.promote_types(value.dtype, torch.float32))
+    sums = window_row(clean.detach().to(center) - center[:, None])
+    return _measured(clean.sum(1), clean.shape[1], sums, bad.sum(1), exact=exact)
+
+
+def _stacked(tensors: Iterable[Tensor | None]) -> Tensor:
+    return torch.stack([t for t in tensors if t is not None])
+
+
+def _nonfinite(x: Tensor) -> Tensor:
+    """~torch.isfinite(x), in half the steps: what is not finite leaves NaN when it is subtracted from itself."""
+    nothing = x - x
+    return nothing != nothing
+
+
+def _measured(
+    total: Tensor, count: int, sums: Tensor, nonfinite: Tensor, *, exact: bool = False, alone: Tensor | None = None
+) -> Measured:
+    """The row of these ``sums`` [S, Column.EXACT, then those of positions if there are any].
+
+    Drops the whole term if anything in it is not finite: a partial sum would silently mean another average.
+    """
     # Finite inputs may still overflow when they are squared or summed.
-    nonfinite = nonfinite + ((nonfinite == 0) & ~(torch.isfinite(row).all() & torch.isfinite(total.detach())))
-    ok = nonfinite == 0
-    alone = row[Column.BAD_GROUPS].clone()
-    row = torch.where(ok, row, 0)
-    row[Column.NONFINITE] = nonfinite
-    row[Column.BAD_GROUPS] = alone
-    return Measured(torch.where(ok, total, 0), count, row)
+    nothing = (sums - sums).sum(1) + total.detach()
+    nonfinite = torch.maximum(nonfinite, _nonfinite(nothing).long())
+    bad = nonfinite > 0
+    sums = sums.masked_fill(bad[:, None], 0)
+    row = sums.new_zeros(len(sums), NUM_COLUMNS)
+    row[:, : Column.EXACT] = sums[:, : Column.EXACT]
+    if sums.shape[1] > Column.EXACT:
+        row[:, Column.POSITIONS :] = sums[:, Column.EXACT :]
+    if exact:
+        row[:, Column.EXACT] = (~bad).to(row)
+    if alone is not None:
+        row[:, Column.BAD_GROUPS] = alone
+    row[:, Column.NONFINITE] = nonfinite
+    return Measured(total.masked_fill(bad, 0), count, row)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .barriers import Readings
+from .barriers import Reading, Readings
 
 
 def _positive(argument: str, value: float) -> float:
@@ -110,6 +110,29 @@ class ExponentialSchedule(Schedule):
         self.ticks = int(state["ticks"])
 
 
+class _Seen(NamedTuple):
+    """What `AdaptiveSchedule` knows of a bound, from when it was last measured.
+
+    Its violation, its standard error, and the larger of its noise and its movement; the windows that its violation has
+    not come down for, and from which violation.
+    """
+
+    z: float = math.nan
+    stderr: float = 0.0
+    coarse: float = 0.0
+    waited: float = 0.0
+    waited_at: float = 0.0
+
+    def after(self, r: Reading) -> _Seen:
+        """What is known after one more reading."""
+        moved = math.inf if math.isnan(self.z) else abs(r.z - self.z)
+        waited, waited_at = 0.0, self.waited_at
+        if r.z > 2 * r.stderr:
+            fresh = self.waited == 0 or r.z < 0.9 * self.waited_at
+            waited, waited_at = (1.0, r.z) if fresh else (self.waited + 1, self.waited_at)
+        return _Seen(r.z, r.stderr, max(r.noise, moved), waited, waited_at)
+
+
 class AdaptiveSchedule(Schedule):
     r"""mu falls while every bound is met with confidence and the estimates resolve the next width; needs no horizon.
 
@@ -142,43 +165,34 @@ class AdaptiveSchedule(Schedule):
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience={patience!r}; allowed: an integer >= 1")
         self.start, self.factor, self.patience = self._mu, float(factor), patience
-        #: Per bound, when it was last measured: its violation, its standard error, and the larger of its noise and
-        #: its movement; the windows that its violation has not come down for, and from which violation.
-        self._state = dict.fromkeys(("z", "stderr", "coarse", "waited", "waited_at"), torch.zeros(0).double())
+        self._seen: list[_Seen] = []
 
     @property
     def mu(self) -> float:
         return self._mu
 
     def tick(self, readings: Readings) -> None:
-        z, known = readings.z, readings.known
-        if not known.any():
+        bounds = readings.each()
+        if not any(r.known for r in bounds):
             return
-        if len(self._state["z"]) != len(z):
-            self._state = dict.fromkeys(self._state, torch.zeros_like(z)) | {"z": torch.full_like(z, math.nan)}
-        old = self._state
-        moved = (z - old["z"]).abs().nan_to_num(math.inf)
-        violated = z > 2 * readings.stderr
-        fresh = violated & ((old["waited"] == 0) | (z < 0.9 * old["waited_at"]))
-        new = {
-            "z": z,
-            "stderr": readings.stderr,
-            "coarse": torch.maximum(readings.noise, moved),
-            "waited": torch.where(violated, torch.where(fresh, 1.0, old["waited"] + 1), 0.0),
-            "waited_at": torch.where(fresh, z, old["waited_at"]),
-        }
-        self._state = now = {name: torch.where(known, new[name], old[name]) for name in old}
+        seen = self._seen or [_Seen()] * len(bounds)
+        self._seen = seen = [s.after(r) if r.known else s for s, r in zip(seen, bounds, strict=True)]
         target = self._mu * self.factor
         # A bound that was never measured (NaN) cannot speak against it.
-        if bool((~(now["z"] > -now["stderr"]) & (now["coarse"] <= target**2)).all()):
+        if all(not s.z > -s.stderr and s.coarse <= target**2 for s in seen):
             self._mu = max(min(self._mu, self.end), target)
-        elif bool((now["waited"] >= self.patience).any()):
+        elif any(s.waited >= self.patience for s in seen):
             self._mu = max(self._mu, min(self.start, self._mu / self.factor))
-            self._state = now | {"waited": torch.zeros_like(z)}
+            self._seen = [s._replace(waited=0.0) for s in seen]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mu": self._mu} | {name: value.clone() for name, value in self._state.items()}
+        columns = list(zip(*self._seen, strict=True)) or [()] * len(_Seen._fields)
+        return {"mu": self._mu} | {
+            name: torch.tensor(column, dtype=torch.float64) for name, column in zip(_Seen._fields, columns, strict=True)
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._mu = float(state["mu"])
-        self._state = {name: state[name].detach().cpu().clone() for name in self._state}
+        self._seen = [
+            _Seen(*numbers) for numbers in zip(*(state[name].tolist() for name in _Seen._fields), strict=True)
+        ]

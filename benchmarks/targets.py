@@ -27,6 +27,7 @@ def targets_of(document: dict[str, Any]) -> list[Target]:
         ("logits", "cuda"): _logits_on_cuda,
         ("weights", "cpu"): _weights_on_cpu,
         ("weights", "cuda"): _weights_on_cuda,
+        ("overhead", "cpu"): _overhead_on_cpu,
     }
     maker = makers.get((document["suite"], document["hardware"]["type"]))
     return list(maker(document["rows"])) if maker else []
@@ -113,6 +114,15 @@ def _weights_on_cpu(rows: list[Row]) -> Iterator[Target]:
     of_case = by_case(rows, ("K", "B", "costs")).get((8, 64, "per response"), [])
     time = _median(_named(of_case, "constraint_weights"))
     yield _at_most("K = 8, B = 64: time", None if time is None else time * 1e3, 150.0, " µs")
+
+
+def _overhead_on_cpu(rows: list[Row]) -> Iterator[Target]:
+    for (costs,), of_costs in by_case(rows, ("costs",)).items():
+        own = _named([row for row in of_costs if row["case"]["K"] == 8], "BarrierObjective") or {}
+        for key, what in (("call_us", "a call"), ("step_us", "a step")):
+            yield _at_most(f"K = 8, B = 16, {costs}: {what}", own.get(key), 300.0, " µs")
+        yield _at_most(f"K = 8, B = 16, {costs}: reads of tensors in a call", own.get("reads_in_call"), 0)
+        yield _at_most(f"K = 8, B = 16, {costs}: growth per window", own.get("growth_bytes_per_window"), 0.0, " bytes")
 
 
 def _weights_on_cuda(rows: list[Row]) -> Iterator[Target]:

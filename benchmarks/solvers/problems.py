@@ -59,7 +59,7 @@ class Problem(ABC):
 
     def violations(self, x: Tensor) -> Tensor:
         """How far each bound [m] is exceeded, in the constraints' own units; feasible is <= 0."""
-        return self.bounds.violation(self.values(x), torch.ones_like(self.unit))
+        return self.bounds.sign * (self.values(x)[self.bounds.index] - self.bounds.value)
 
     @cached_property
     def solution(self) -> Solution:
