@@ -99,7 +99,7 @@ class Committed:
                 news = Readings(z, window_z, stderr, noise, known)
                 self.rule.update(news, mu, s)
                 self.schedule.tick(news)
-                self.watch.update(self.z, near)
+                self.watch.update(self.z, readings.stderr, self.multiplier)
                 self.windows += 1
             self._refresh(readings, near)
         return True
@@ -186,7 +186,7 @@ class Committed:
         weights = torch.zeros(len(self.bounds.constraints), dtype=torch.float64).index_add_(
             0, self.bounds.index, torch.where(known, self.bounds.sign * multiplier / scale, 0.0)
         )
-        self.mu, self.s, self.weights, self.penalty = mu, s, weights, value.sum()
+        self.mu, self.s, self.multiplier, self.weights, self.penalty = mu, s, multiplier, weights, value.sum()
         self.normalizer = 1 / (1 + multiplier.sum())
         self.report = self._rows_of(readings, near, multiplier, scale)
         self._views: dict[torch.device, View] = {}
