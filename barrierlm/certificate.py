@@ -88,8 +88,8 @@ class Certificate(NamedTuple):
         together = self._labels("infeasible")
         if together:
             return (
-                f"{together} do not seem to have a common solution (the largest violation does not come down), so "
-                "nothing is claimed about the task loss."
+                f"{together} do not seem to have a common solution (what one gains the others "
+                "lose, while their multipliers grow), so nothing is claimed about the task loss."
             )
         violated, unknown = self._labels("violated"), self._labels("unknown")
         if violated:

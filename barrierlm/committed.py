@@ -112,7 +112,7 @@ class Committed:
                 readings = Readings.of(news)
                 self.rule.update(readings, self.mu, self.s)
                 self.schedule.tick(readings)
-                self.watch.update(vector(self._z), vector(self._near))
+                self.watch.update(self._z, [r.stderr for r in self._readings], self._multiplier)
                 self.windows += 1
             self._refresh()
         return True
@@ -210,7 +210,7 @@ class Committed:
         for (k, side), r, lam in zip(self.bounds.sides, self._readings, multiplier, strict=True):
             if r.known:
                 weights[k] += lam / scale[k] * (1 if side == "upper" else -1)
-        self.weights, self.penalty = vector(weights), vector(sum(value))
+        self.weights, self.penalty, self._multiplier = vector(weights), vector(sum(value)), multiplier
         self.normalizer = vector(1 / (1 + sum(multiplier)))
         self.report = self._rows_of(multiplier, scale)
         self._views: dict[torch.device, View] = {}

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 
 class BoundState(NamedTuple):
@@ -59,59 +58,119 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     )
 
 
-class FeasibilityWatch:
-    """Notices bounds that cannot be met at once, from the violations alone.
+#: An estimate within so many standard errors of its bound, or within this much of the scale, counts as at it.
+_ERRORS, _LEAST = 2.0, 0.01
 
-    If the bounds have no common point, the largest violation stays above some number wherever the parameters go, and
-    multipliers that fight push it from one bound to another. So: if the largest violation has not come down by a
-    hundredth for `PATIENCE` windows, all of them with a bound violated beyond its noise, the bounds that were violated
-    in a tenth of these windows or more, if two or more, are reported as infeasible together. This is evidence from the
-    run, not a proof: a learning rate of zero, or multipliers that cannot grow enough, look the same.
+
+class FeasibilityWatch:
+    r"""Notices bounds that cannot be met at once, from their violations z and multipliers alone.
+
+    Bounds have no common point if some weights :math:`w \geq 0` have :math:`\sum_i w_i z_i > 0` everywhere, which for
+    convex ones means that the gradients under w balance where the sum is positive (Farkas). The multipliers are such
+    weights: those of bounds in conflict grow without end, and take over from the task. Where the balance holds, what
+    one bound gains the others lose, while on the way to a common point, however slow, the sum falls as the z fall.
+
+    So progress is when the sum, beyond noise, has fallen by a share of `PROGRESS` of what the z have moved, each times
+    its weight, or when the average z under the multipliers has fallen by a third. If for `PATIENCE` windows the sum was
+    positive beyond noise and made no progress, while the sum of the multipliers has grown `GROWTH`-fold (for rules that
+    do not let it grow: in `PATIENCE_WITHOUT_GROWTH` windows), then the bounds that took part in the exchange are
+    infeasible together. They stay it until there is progress.
+
+    This is evidence from the run, not a proof: parameters that do not move, and a task so strong that the multipliers
+    grow as much without a visible effect, look the same.
     """
 
-    PATIENCE = 50
+    PATIENCE = 100
+    PATIENCE_WITHOUT_GROWTH = 400
+    PROGRESS = 0.3
+    GROWTH = 3.0
+    #: Part of its value at the last progress below which the average z has fallen for good.
+    FALLEN = 2 / 3
+    #: Of these windows, a bound was at or above its limit in this share; of the largest part in the exchange, it has so
+    #: much. Less: not one of them.
+    SHARE = 0.1
+
+    _LISTS = ("first", "weights", "low", "high", "present", "moved")
 
     def __init__(self, num_bounds: int) -> None:
         self.start(num_bounds)
 
     def start(self, num_bounds: int) -> None:
         """Forget everything."""
-        self.best = torch.full((), torch.inf, dtype=torch.float64)
-        self.stuck = torch.zeros((), dtype=torch.float64)
-        self.violated = torch.zeros(num_bounds, dtype=torch.float64)
+        self.stuck, self.known = 0, 0  # windows since the last progress; bounds that have been measured
+        self.total, self.growth = 0.0, 1.0  # sum of the multipliers then, and its largest multiple since
+        self.level = 0.0  # average z under the multipliers then
+        zeros = [0.0] * num_bounds
+        # By bound: z and share of the multipliers then; since then, the smallest and the largest z, the windows at or
+        # above the bound, and the movement beyond noise times the weight.
+        self.first = self.weights = self.low = self.high = self.present = self.moved = zeros
 
-    def update(self, z: Tensor, tolerance: Tensor) -> None:
-        """One committed window with violations ``z`` [m] that mean something beyond ``tolerance`` [m]."""
-        violated = z > tolerance
-        if not bool(violated.any()):
-            self.start(len(z))
+    def update(self, z: Sequence[float], stderr: Sequence[float], multiplier: Sequence[float]) -> None:
+        """One committed window: violations [m] (NaN: not known), standard errors [m], and the multipliers in force [m].
+
+        Lists are replaced, never changed.
+        """
+        at, known = [v if math.isfinite(v) else 0.0 for v in z], sum(map(math.isfinite, z))
+        near = [verdict_tolerance(s) for s in stderr]
+        total = sum(multiplier)
+        if not sum(f * (v - t) for f, v, t in zip(multiplier, at, near, strict=True)) > 0:
+            self.start(len(at))
             return
-        worst = z[violated].max()
-        if bool(worst < 0.99 * self.best):
-            self.best, self.stuck, self.violated = worst, torch.zeros_like(worst), torch.zeros_like(self.violated)
-        self.stuck = self.stuck + 1
-        self.violated = self.violated + violated
+        weights = [f / total for f in multiplier]
+        level = sum(w * v for w, v in zip(weights, at, strict=True))
+        if not self.stuck or known != self.known or self._progress(at, stderr, weights, level):
+            self.stuck, self.known, self.total, self.growth, self.level = 0, known, total, 1.0, level
+            self.first, self.weights, self.low, self.high = at, weights, at, at
+            self.present = self.moved = [0.0] * len(at)
+        self.stuck += 1
+        self.growth = max(self.growth, total / self.total)
+        self.present = [p + (v > -t) for p, v, t in zip(self.present, at, near, strict=True)]
+
+    def _progress(self, at: list[float], stderr: Sequence[float], weights: list[float], level: float) -> bool:
+        """Take in how far the bounds have moved, and say whether that was towards a common point."""
+        low, high, moved = [], [], []
+        fallen = path = error = 0.0
+        for v, s, w, w0, first, a, b in zip(
+            at, stderr, weights, self.weights, self.first, self.low, self.high, strict=True
+        ):
+            # The weights moved too; to first order their average keeps a balance balanced on the way.
+            mean = (w + w0) / 2
+            a, b = (v if v < a else a), (v if v > b else b)
+            low.append(a)
+            high.append(b)
+            moved.append(mean * max(0.0, b - a - 4 * s))
+            fallen += mean * (first - v)
+            path += mean * (b - a)
+            error += mean * s
+        self.low, self.high, self.moved = low, high, moved
+        return level < self.FALLEN * self.level or fallen > max(self.PROGRESS * path, 3 * error, 1e-6 * level)
 
     def together(self) -> list[int]:
         """The bounds that do not seem to have a common solution; fewer than two: none."""
-        if self.stuck < self.PATIENCE:
+        if self.stuck < (self.PATIENCE if self.growth >= self.GROWTH else self.PATIENCE_WITHOUT_GROWTH):
             return []
-        often: list[int] = torch.nonzero(self.violated >= 0.1 * self.stuck).flatten().tolist()
-        return often if len(often) > 1 else []
+        present = [i for i, n in enumerate(self.present) if n >= self.SHARE * self.stuck]
+        # With nothing that moved beyond noise all of them take part.
+        least = self.SHARE * max(self.moved)
+        part = [i for i in present if self.moved[i] >= least]
+        return part if len(part) > 1 else []
 
     def state_dict(self) -> dict[str, Any]:
-        """A deep copy of the state: tensors only."""
-        return {name: getattr(self, name).clone() for name in ("best", "stuck", "violated")}
+        """A deep copy of the state: numbers and tensors."""
+        numbers = {name: getattr(self, name) for name in ("stuck", "known", "total", "growth", "level")}
+        return numbers | {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in self._LISTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        for name in ("best", "stuck", "violated"):
-            setattr(self, name, state[name].detach().cpu().clone())
+        self.stuck, self.known = int(state["stuck"]), int(state["known"])
+        self.total, self.growth, self.level = (float(state[name]) for name in ("total", "growth", "level"))
+        for name in self._LISTS:
+            setattr(self, name, state[name].tolist())
 
 
 def verdict_tolerance(stderr: float) -> float:
     """Distance from a bound, in units of the scale, below which it counts as active: 2 stderr, or a hundredth."""
-    return 0.01 if math.isnan(stderr) else max(2 * stderr, 0.01)
+    return _LEAST if math.isnan(stderr) else max(_ERRORS * stderr, _LEAST)
 
 
 def verdict(z: float, tolerance: float, others: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from barrierlm import (
     RelaxedLogBarrier,
     Sampled,
 )
+from barrierlm.diagnostics import FeasibilityWatch
 from barrierlm.intervals import inner_products, jackknife_ratio, normal_quantile, student_quantile
 from tests.problems import BARRIER_POINTS as PROBLEMS
 from tests.problems import Categorical
@@ -332,7 +333,7 @@ def test_sentence_of_what_is_not_known():
 
 def test_sentence_of_infeasible_bounds():
     objective = relaxed([Constraint("a", upper=-1.0), Constraint("b", lower=1.0)])
-    for _ in range(60):
+    for _ in range(FeasibilityWatch.PATIENCE_WITHOUT_GROWTH + 1):
         objective(measurements=dict.fromkeys("ab", exact(0.0)))
         objective.step()
     assert objective.certificate().sentence.startswith("a (upper) and b (lower) do not seem to have a common solution")

@@ -159,8 +159,8 @@ def test_a_state_in_another_unit_is_refused(saved, loaded):
 def test_a_state_that_lacks_something_is_refused():
     objective = BarrierObjective(None, [Constraint("c", upper=1.0)])
     state = objective.state_dict()
-    del state["watch"]["violated"]
-    with pytest.raises(ValueError, match="state of the watch lacks 'violated'"):
+    del state["watch"]["present"]
+    with pytest.raises(ValueError, match="state of the watch lacks 'present'"):
         objective.load_state_dict(state)
     with pytest.raises(ValueError, match="state lacks 'constraints'"):
         objective.load_state_dict({"version": 1})

@@ -117,8 +117,8 @@ def test_a_damaged_state_changes_nothing():
     objective.step()
     before = state_of(objective)
     damaged = state_of(objective)
-    del damaged["watch"]["best"]
+    del damaged["watch"]["level"]
     damaged["estimator"]["mean"] += 1
-    with pytest.raises(ValueError, match="state of the watch lacks 'best'"):
+    with pytest.raises(ValueError, match="state of the watch lacks 'level'"):
         objective.load_state_dict(damaged)
     assert same(before, state_of(objective))
