@@ -30,7 +30,7 @@ class Window:
             if self._rows is None:
                 shape = (self.num_constraints, NUM_COLUMNS)
                 self._rows = torch.zeros(shape, dtype=wide_dtype(row.device), device=row.device)
-            self._rows[k] += row.to(self._rows)
+            self._rows[k].add_(row.to(self._rows))
         self.expected |= expected
         self.calls += 1
 
