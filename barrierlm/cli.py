@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") or "=" not in word for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "report":
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides = []
     arguments.overrides = [*arguments.overrides, *rest]
     try:
         from barrierlm.recipes.config import ConfigError, load_options
@@ -33,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from barrierlm.recipes.config import option_table
 
             print(option_table())
+            return 0
+        if arguments.command == "report":
+            from barrierlm.recipes.report import write_report
+
+            print(f"Written to {write_report(arguments.runs, arguments.output)}")
             return 0
         if arguments.command == "demo":
             options = load_options(arguments.config, overrides)
@@ -69,6 +78,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--config", default="demo", help="YAML file, or the name of a shipped config (default: demo)")
     commands.add_parser("options", help="print the table of all options").set_defaults(overrides=[])
+    report = commands.add_parser(
+        "report",
+        help="write one HTML page about one or several runs",
+        description="Write one self-contained HTML page: verdicts, estimates against their bounds, multipliers, losses, "
+        "samples. Several runs are overlaid.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="output folder of finetune, or one with a metrics.jsonl")
+    report.add_argument(
+        "-o", "--output", help="the HTML file (default: report.html in RUN, of several in the current folder)"
+    )
     for command in (finetune, demo):
         command.add_argument(
             "overrides",
