@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="write one HTML page about one or several runs",
-        description="Write one self-contained HTML page: verdicts, estimates against their bounds, multipliers, losses, "
-        "samples. Several runs are overlaid.",
+        description="Write one self-contained HTML page: verdicts, estimates against their bounds, multipliers, "
+        "losses, samples. Several runs are overlaid.",
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="output folder of finetune, or one with a metrics.jsonl")
     report.add_argument(

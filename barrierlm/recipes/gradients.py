@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def gradient_balance(workspace: Workspace, window: list[MicroBatch], task_weight
 
     The task's gradient is made once more by itself, and the constraints' is what is left of ``.grad``. So it costs a
     forward and a backward pass over the window. The responses take part with weight 0, in their old places: then the
-    round-off of the two passes is the same, and a multiplier of 0 shows as a norm of about 0.
+    round-off of the two passes is the same, and a multiplier of 0 shows as a norm of 0.
 
     Args:
         workspace: After the window's backward passes, before clipping.
@@ -42,10 +44,12 @@ def gradient_balance(workspace: Workspace, window: list[MicroBatch], task_weight
         task = torch.zeros_like(p.grad) if task is None else task
         rest = p.grad - task
         task2, rest2, dot = task2 + task.square().sum(), rest2 + rest.square().sum(), dot + (task * rest).sum()
-    norms = task2.sqrt().item(), rest2.sqrt().item()
-    cosine = dot.item() / (norms[0] * norms[1]) if norms[0] * norms[1] > 0 else float("nan")
+    size, rest_size = task2.sqrt().item(), rest2.sqrt().item()
+    if rest_size < 1e-4 * size:  # the difference of two passes: round-off
+        rest_size = 0.0
+    cosine = dot.item() / (size * rest_size) if size * rest_size > 0 else math.nan
     return {
-        "balance/task_norm": norms[0],
-        "balance/constraint_norm": norms[1],
-        "balance/cosine": max(-1.0, min(1.0, cosine)) if cosine == cosine else cosine,
+        "balance/task_norm": size,
+        "balance/constraint_norm": rest_size,
+        "balance/cosine": cosine if math.isnan(cosine) else max(-1.0, min(1.0, cosine)),
     }

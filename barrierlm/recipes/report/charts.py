@@ -6,6 +6,7 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def thin(lead: Column, points: int = POINTS) -> np.ndarray[Any, Any]:
         return np.arange(n)
     edges = np.linspace(0, n, points // 2 + 1).astype(int)
     kept = {0, n - 1}
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         part = lead[start:end]
         finite = np.flatnonzero(np.isfinite(part))
         if len(finite) < len(part):
@@ -79,8 +80,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     """Every picture that the runs have numbers for."""
     names = list(dict.fromkeys(name for run in runs for name in run.constraints))
     trade = [c for name in names if (c := _trade_off(runs, name))]
-    losses = [c for c in [_lines(runs, "Task loss", ["loss/task"], smoothed=True)] if c]
-    found = [Section("Task loss and constraints", losses + trade)]
+    task = _lines(runs, "Task loss", ["loss/task"], smoothed=True, wide=len(trade) % 2 == 0)
+    found = [Section("Task loss and constraints", [c for c in (task, *trade) if c])]
     found += [Section(_constraint_title(runs, name), _constraint(runs, name)) for name in names]
     norms = {"task": "balance/task_norm", "constraints": "balance/constraint_norm"}
     gradients = [
@@ -185,7 +186,7 @@ def _trade_off(runs: Sequence[Run], name: str) -> Chart | None:
                 figure.add_vline(x=run.bound(name, side), line={"color": _BOUND, "dash": "dash", "width": 1.5})
     if not drawn:
         return None
-    caption = "The path of the run; diamond: its last step. Dashed: bounds."
+    caption = "The path of the run, to the diamond. Dashed: bounds."
     return Chart(f"Task loss against {name}", caption, figure)
 
 
@@ -197,6 +198,7 @@ def _lines(
     names: Sequence[str] = (),
     log: bool = False,
     smoothed: bool = False,
+    wide: bool = False,
 ) -> Chart | None:
     """Lines over the steps: the first column solid, the others dotted; or None where no run has a number of them."""
     figure = _figure("step", None)
@@ -230,7 +232,7 @@ def _lines(
     caption = f"Solid: {names[0]}; dotted: {names[1]}." if len(names) > 1 else ""
     if averaged:
         caption = f"Mean of the last {averaged} steps; faint: every step."
-    return Chart(title, caption, figure)
+    return Chart(title, caption, figure, wide)
 
 
 def _decades(figure: Any) -> float:
@@ -241,8 +243,8 @@ def _decades(figure: Any) -> float:
 
 
 def _width(run: Run) -> int:
-    """Steps to average noisy curves over: a fortieth of the run."""
-    return max(1, len(run.steps) // 40)
+    """Steps to average noisy curves over: a fortieth of a run that is long enough for it."""
+    return len(run.steps) // 40 if len(run.steps) >= 200 else 1
 
 
 def _line(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ..config import ConfigError
 from ..extras import missing_extra
 from .charts import PALETTE, sections
 from .runs import Run, load_runs
-from .verdicts import Judged, headline, judge
+from .verdicts import Judged, headline, judge, number
 
 _HERE = Path(__file__).parent
 
@@ -60,7 +59,7 @@ def render(runs: Sequence[Run]) -> str:
     charts = sections(runs)
     return environment.get_template("page.html").render(
         headline=headline(judged),
-        good=all(not j.violated for j in judged),
+        good=all(j.good for j in judged),
         judged=judged,
         colors=[PALETTE[i % len(PALETTE)] for i in range(len(runs))],
         times=[_times(run) for run in runs],
@@ -73,11 +72,6 @@ def render(runs: Sequence[Run]) -> str:
         style=(_HERE / "style.css").read_text(encoding="utf-8"),
         script=(_HERE / "page.js").read_text(encoding="utf-8"),
     )
-
-
-def number(value: float, digits: int = 4) -> str:
-    """A number for a table; a dash where there is none."""
-    return f"{value:.{digits}g}" if math.isfinite(value) else "–"
 
 
 def _chip(verdict: str) -> str:
@@ -106,7 +100,7 @@ def _changed(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     if len([f for f in flat if f]) < 2:
         return []
     keys = dict.fromkeys(key for options in flat for key in options)
-    rows = [(key, [str(options.get(key, "–")) for options in flat]) for key in keys]
+    rows = [(key, [str(options.get(key, "-")) for options in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1 and key not in ("output_dir", "resume")]
 
 

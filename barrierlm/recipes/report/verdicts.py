@@ -66,33 +66,62 @@ class Judged:
 
     @property
     def violated(self) -> list[BoundRow]:
-        """Bounds that are not met."""
+        """Bounds that are not met by the estimates of the training."""
         return [row for row in self.rows if row.verdict.startswith(("violated", "infeasible"))]
+
+    @property
+    def missed(self) -> list[HeldOut]:
+        """Constraints that the trained model does not meet on held-out prompts, beyond the interval."""
+        return [row for row in self.trained if row.verdict == "violated"]
+
+    @property
+    def trained(self) -> list[HeldOut]:
+        """The held-out evaluation of the weights at the end of the run, if there is one."""
+        return [row for row in self.heldout if row.evaluation in ("final", "constrained") and row.constraint]
+
+    @property
+    def good(self) -> bool:
+        """Whether everything is met that was measured, in training and held out, and something was."""
+        return not (self.violated or self.missed or any(row.verdict == "unknown" for row in self.rows))
 
     @property
     def sentence(self) -> str:
         """Whether the bounds are met, for people in a hurry."""
         if not self.rows:
-            return f"No bounds; task loss {self.task_loss:.4g}."
+            return f"No bounds; task loss {number(self.task_loss)}."
         unknown = [row.label for row in self.rows if row.verdict == "unknown"]
-        bad = [f"{row.label} (estimate {_pm(row)})" for row in self.violated]
+        bad = [f"{row.label} (estimate {_pm(row.estimate, row.high)})" for row in self.violated]
         near = [row.label for row in self.rows if row.verdict == "active"]
         total = len(self.rows)
+        all_of_them = "The bound is" if total == 1 else f"All {total} bounds are"
         if bad:
             start = "The bound is" if total == 1 else f"{len(bad)} of {total} bounds {'is' if len(bad) == 1 else 'are'}"
-            text = f"{start} violated: {', '.join(bad)}."
+            text = f"{start} violated: {', '.join(bad)}"
         elif unknown:
-            text = f"Not measured yet: {', '.join(unknown)}."
+            text = f"Not measured yet: {', '.join(unknown)}"
         elif near:
-            some = "its noise" if total == 1 else f"noise ({', '.join(near)})"
-            text = f"{'The bound is' if total == 1 else f'All {total} bounds are'} met, within {some}."
+            text = f"{all_of_them} met, within noise" + (f" ({', '.join(near)})" if total > 1 else "")
         else:
-            text = f"{'The bound is' if total == 1 else f'All {total} bounds are'} met."
-        return f"{text} Task loss {self.task_loss:.4g}."
+            text = f"{all_of_them} met"
+        return f"{text}{self._heldout_clause}. Task loss {number(self.task_loss)}."
+
+    @property
+    def _heldout_clause(self) -> str:
+        if not self.trained:
+            return ""
+        missed = [f"{row.constraint} {_pm(row.mean, row.high)}, allowed {row.bounds}" for row in self.missed]
+        if missed:
+            return f"{', and' if self.violated else ' in training, but not'} held out: {'; '.join(missed)}"
+        return "; held out they are met" if self.violated else ", in training and held out"
 
 
-def _pm(row: BoundRow) -> str:
-    return f"{row.estimate:.4g} ± {(row.high - row.low) / 2:.2g}"
+def number(value: float, digits: int = 4) -> str:
+    """A number for people; a dash where there is none."""
+    return f"{value:.{digits}g}" if math.isfinite(value) else "-"
+
+
+def _pm(value: float, high: float) -> str:
+    return f"{number(value)} ± {number(high - value, 2)}"
 
 
 def judge(run: Run) -> Judged:
@@ -125,7 +154,9 @@ class _Bound:
         unit = self.scale if len(known) else 1.0
         self.z, noise = -self.slack / unit, self.stderr / unit
         # A hundredth of a scale that is not known says nothing.
-        tolerance = verdict_tolerance(torch.from_numpy(noise)) if len(known) else 2 * torch.from_numpy(noise).nan_to_num(0.0)
+        tolerance = (
+            verdict_tolerance(torch.from_numpy(noise)) if len(known) else 2 * torch.from_numpy(noise).nan_to_num(0.0)
+        )
         self.tolerance = tolerance.numpy()
 
     def row(self, others: Sequence[str]) -> BoundRow:
@@ -198,14 +229,14 @@ def headline(judged: Sequence[Judged]) -> str:
     if len(judged) == 1:
         return judged[0].sentence
     bound = [j for j in judged if j.rows]
-    good = [j for j in bound if not j.violated and all(row.verdict != "unknown" for row in j.rows)]
+    good = [j for j in bound if j.good]
     if not bound:
         return f"{len(judged)} runs without bounds."
     text = f"{len(good)} of {len(bound)} runs with bounds {'meets' if len(good) == 1 else 'meet'} all of them"
     comparable = [j for j in good if math.isfinite(j.task_loss)]
     if len(comparable) > 1:
         best = min(comparable, key=lambda j: j.task_loss)
-        text += f"; of these {best.run.name} has the smallest task loss ({best.task_loss:.4g})"
+        text += f"; of these {best.run.name} has the smallest task loss ({number(best.task_loss)})"
     elif len(good) == 1:
-        text += f": {good[0].run.name} (task loss {good[0].task_loss:.4g})"
+        text += f": {good[0].run.name} (task loss {number(good[0].task_loss)})"
     return text + "."
