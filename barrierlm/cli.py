@@ -14,8 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; default: those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the options, the data or the name of a cost function, told in
-        one line. What goes wrong inside a cost function keeps its traceback.
+        The exit status: 0; 1 where `check` finds that the configuration cannot work; 2 for a mistake in the options,
+        the data, a run's folder or the name of a cost function, told in one line. What goes wrong inside a cost
+        function keeps its traceback.
     """
     parser = _parser()
     # Options may stand before, between and after the overrides.
@@ -51,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             demo(options)
             return 0
+        if arguments.command == "check":
+            options = load_options(arguments.config, overrides)
+            from barrierlm.recipes.check import check
+
+            return 0 if check(options, windows=arguments.windows, as_json=arguments.json).ok else 1
         if arguments.resume:
             overrides.append("resume=true")
         options = load_options(arguments.config, overrides)
@@ -88,7 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "-o", "--output", help="the HTML file (default: report.html in RUN, of several in the current folder)"
     )
-    for command in (finetune, demo):
+    check = commands.add_parser(
+        "check",
+        help="measure the starting model before a long run: bounds, noise, time, memory",
+        description="Measure the starting model before a long run: which bounds are violated and by how much, how many "
+        "responses a step each of them needs, time and memory. Writes nothing. Exit status 0: can work; 1: cannot "
+        "work, and the output says why; 2: a mistake in the configuration.",
+    )
+    check.add_argument("config", help="YAML file, or the name of a shipped config: demo, sentiment")
+    check.add_argument("--json", action="store_true", help="one JSON object on stdout; everything else on stderr")
+    check.add_argument("--windows", type=_count, default=4, help="steps' worth of responses to measure (default: 4)")
+    for command in (finetune, demo, check):
         command.add_argument(
             "overrides",
             nargs="*",
@@ -96,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
             help="any option; `barrierlm options` lists them",
         )
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: an integer >= 1")
+    return int(text)
 
 
 if __name__ == "__main__":
