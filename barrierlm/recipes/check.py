@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from barrierlm import BarrierObjective, BatchMean, Report, Sampled
-from barrierlm.diagnostics import verdict, verdict_tolerance
+from barrierlm.diagnostics import BoundState, verdict, verdict_tolerance
 
 from .costs import imported_costs, measure_rollouts, per_response
 from .finetune import prepare, train_step
@@ -30,6 +30,8 @@ STEP_NOISE = 0.3
 #: The width s that the averaged estimate must resolve where the rule has none of its own: 0.5², where the default rule
 #: stops tightening.
 WIDTH = 0.25
+#: A larger share of responses cut at the token cap hides how much lengths differ.
+MANY_CUT = 0.1
 _TIMED_STEPS = 2
 
 
@@ -37,7 +39,8 @@ _TIMED_STEPS = 2
 class BoundCheck:
     """One bound at the start. ``noise`` is the standard error of one step's mean, in scales; ``violation`` is as well.
 
-    ``needed`` are the responses a step that resolve it; None: not known.
+    ``needed`` are the responses a step that resolve it; None: not known. ``noise_of`` says whose spread it is: that of
+    the ``responses``, or, where the token cap hides it, that of the ``data``'s lengths, scaled to the bound.
     """
 
     constraint: str
@@ -50,6 +53,7 @@ class BoundCheck:
     verdict: str
     noise: float
     needed: int | None
+    noise_of: str = "responses"
     advice: str = ""
 
 
@@ -148,8 +152,18 @@ def _measure(workspace: Workspace, found: Check) -> None:
     found.responses_per_step = rollout.prompts * rollout.responses_per_prompt * repeats * world
     averaging = math.sqrt(estimator.smoothing / (2 - estimator.smoothing))
     width = WIDTH if rule.s is None else rule.s
+    lengths = torch.tensor([len(t.response_ids) for t in workspace.train], dtype=torch.float64)
+    spread = float(lengths.std() / lengths.mean()) if len(lengths) > 1 else 0.0
     for rows in zip(*reports, strict=True):
-        found.bounds.append(_bound(rows, found.responses_per_step, max(1 / STEP_NOISE, averaging / width)))
+        row = _bound(rows)
+        if workspace.options.constraints[row.constraint].cost == "length" and found.censored > MANY_CUT:
+            from_data = spread * row.bound / row.scale / math.sqrt(found.responses_per_step)
+            if from_data > row.noise:
+                row.noise, row.noise_of = from_data, "data"
+        if math.isfinite(row.noise) and row.noise > 0:
+            precision = max(1 / STEP_NOISE, averaging / width)
+            row.needed = math.ceil(found.responses_per_step * (row.noise * precision) ** 2 - 1e-9)
+        found.bounds.append(row)
     for row in found.bounds:
         row.advice = _advice(row, found, workspace.options)
         if row.noise == 0 and row.verdict == "violated":
@@ -174,19 +188,18 @@ def _values(workspace: Workspace, window: Sequence[MicroBatch]) -> dict[str, Sam
     return {name: Sampled(torch.cat(parts), groups=grouped) for name, parts in values.items()}
 
 
-def _bound(rows: Sequence[Any], responses: int, precision: float) -> BoundCheck:
-    """One bound from its states after each window; noise times ``precision`` must be at most 1."""
+def _bound(rows: Sequence[BoundState]) -> BoundCheck:
+    """One bound from its states after each window."""
     first, n = rows[0], len(rows)
     estimate = sum(row.estimate for row in rows) / n
     step = math.sqrt(sum(row.stderr**2 for row in rows) / n)
-    stderr, noise = step / math.sqrt(n), step / first.scale
-    sign = 1 if first.side == "upper" else -1
-    z = sign * (estimate - first.bound) / first.scale
+    stderr = step / math.sqrt(n)
+    z = (estimate - first.bound) / first.scale * (1 if first.side == "upper" else -1)
     tolerance = float(verdict_tolerance(torch.tensor(stderr / first.scale, dtype=torch.float64)))
-    known = math.isfinite(noise) and noise > 0
-    needed = math.ceil(responses * (noise * precision) ** 2 - 1e-9) if known else None
     word = verdict(z, tolerance, ())
-    return BoundCheck(first.constraint, first.side, first.bound, estimate, stderr, first.scale, z, word, noise, needed)
+    return BoundCheck(
+        first.constraint, first.side, first.bound, estimate, stderr, first.scale, z, word, step / first.scale, None
+    )
 
 
 def _label(row: BoundCheck) -> str:
@@ -210,9 +223,13 @@ def _advice(row: BoundCheck, found: Check, options: Options) -> str:
     else:
         prompts = math.ceil(row.needed * options.rollout.prompts / found.responses_per_step)
         noise = (
-            f"{found.responses_per_step} responses a step are too few: take {row.needed} with rollout.prompts={prompts}, "
-            "or raise optim.gradient_accumulation; else expect a multiplier that follows the noise."
+            f"{found.responses_per_step} responses a step are too few: take {row.needed} with "
+            f"rollout.prompts={prompts}, or raise optim.gradient_accumulation; else expect a multiplier that follows "
+            "the noise."
         )
+    if row.noise_of == "data":
+        spread = row.noise * row.scale * math.sqrt(found.responses_per_step)
+        noise += f" (The cap hides how lengths differ; taken from the data's: a spread of {spread:.2g} at the bound.)"
     cost = options.constraints[row.constraint].cost
     if cost == "length" and found.censored > 0.02 and row.verdict != "met":
         hides = "more" if row.side == "upper" else "less"
@@ -277,7 +294,7 @@ def print_check(console: Console, found: Check) -> None:
                 f"{row.estimate:.4g} ± {row.stderr:.2g}",
                 f"{row.violation:.3g} scales",
                 f"[{color}]{row.verdict}[/]",
-                f"{row.noise * row.scale:.2g} ({row.noise:.2f} scales)",
+                f"{row.noise * row.scale:.2g} ({row.noise:.2f} scales){'*' if row.noise_of == 'data' else ''}",
                 "?" if row.needed is None else str(row.needed),
             )
         console.print(table)
