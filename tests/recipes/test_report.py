@@ -211,6 +211,12 @@ def test_several_runs_have_one_headline(tmp_path: Path):
     judged = [judge(run) for run in load_runs(runs)]
     expected = "2 of 3 runs with bounds meet all of them; of these better has the smallest task loss (1)."
     assert headline(judged) == expected
+    for nll, folder in zip((1.0, 2.0), runs, strict=False):
+        summary = heldout(4.0)
+        summary["runs"]["final"]["nll"] = nll
+        (folder / "summary.json").write_text(json.dumps(summary))
+    judged = [judge(run) for run in load_runs(runs)]
+    assert headline(judged) == expected.replace("better", "good").replace("task loss (1)", "held-out NLL (1)")
     page = write_report(runs, tmp_path / "r.html").read_text()
     assert [line[0] for line in Tables(page).rows["about"][1:]] == ["good", "better", "bad", "plain"]
 

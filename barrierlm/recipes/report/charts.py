@@ -227,7 +227,7 @@ def _lines(
             figure.add_scatter(**line, hovertemplate="%{y:.4g}")
     if not drawn:
         return None
-    if log:
+    if log and _decades(figure) > 0.3:
         figure.update_yaxes(type="log", exponentformat="power", dtick=1 if _decades(figure) > 1.5 else None)
     caption = f"Solid: {names[0]}; dotted: {names[1]}." if len(names) > 1 else ""
     if averaged:
@@ -243,8 +243,8 @@ def _decades(figure: Any) -> float:
 
 
 def _width(run: Run) -> int:
-    """Steps to average noisy curves over: a fortieth of a run that is long enough for it."""
-    return len(run.steps) // 40 if len(run.steps) >= 200 else 1
+    """Steps to average noisy curves over: a tenth of a run that is long enough for it, and at most 500."""
+    return min(500, len(run.steps) // 10) if len(run.steps) >= 30 else 1
 
 
 def _line(

@@ -80,6 +80,11 @@ class Judged:
         return [row for row in self.heldout if row.evaluation in ("final", "constrained") and row.constraint]
 
     @property
+    def nll(self) -> float:
+        """Per held-out token, of the weights at the end of the run; NaN if it was not evaluated."""
+        return self.trained[0].nll if self.trained else math.nan
+
+    @property
     def good(self) -> bool:
         """Whether everything is met that was measured, in training and held out, and something was."""
         return not (self.violated or self.missed or any(row.verdict == "unknown" for row in self.rows))
@@ -93,7 +98,7 @@ class Judged:
         bad = [f"{row.label} (estimate {_pm(row.estimate, row.high)})" for row in self.violated]
         near = [row.label for row in self.rows if row.verdict == "active"]
         total = len(self.rows)
-        all_of_them = "The bound is" if total == 1 else f"All {total} bounds are"
+        all_of_them = {1: "The bound is", 2: "Both bounds are"}.get(total, f"All {total} bounds are")
         if bad:
             start = "The bound is" if total == 1 else f"{len(bad)} of {total} bounds {'is' if len(bad) == 1 else 'are'}"
             text = f"{start} violated: {', '.join(bad)}"
@@ -133,7 +138,7 @@ def judge(run: Run) -> Judged:
         others = [f"{s.constraint} ({s.side})" for j, s in enumerate(states) if j in together and j != i]
         rows.append(state.row(others if i in together else []))
     loss = run.column("loss/task")
-    averaged = max(1, min(200, len(loss) // 10))
+    averaged = max(min(10, len(loss)), min(200, len(loss) // 10))
     tail = loss[-averaged:][np.isfinite(loss[-averaged:])]
     heldout = [r for name, e in run.evaluations.items() for r in _heldout(name, e)]
     return Judged(run, rows, heldout, float(tail.mean()) if len(tail) else math.nan, averaged)
@@ -234,7 +239,10 @@ def headline(judged: Sequence[Judged]) -> str:
         return f"{len(judged)} runs without bounds."
     text = f"{len(good)} of {len(bound)} runs with bounds {'meets' if len(good) == 1 else 'meet'} all of them"
     comparable = [j for j in good if math.isfinite(j.task_loss)]
-    if len(comparable) > 1:
+    if len(good) > 1 and all(math.isfinite(j.nll) for j in good):
+        best = min(good, key=lambda j: j.nll)
+        text += f"; of these {best.run.name} has the smallest held-out NLL ({number(best.nll)})"
+    elif len(comparable) > 1:
         best = min(comparable, key=lambda j: j.task_loss)
         text += f"; of these {best.run.name} has the smallest task loss ({number(best.task_loss)})"
     elif len(good) == 1:
