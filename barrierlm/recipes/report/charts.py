@@ -126,7 +126,7 @@ def _constraint(runs: Sequence[Run], name: str) -> list[Chart]:
             hoverinfo="skip",
             meta=i,
         )
-        figure.add_scatter(**_line(i, run, x, y), customdata=margin, hovertemplate="%{y:.4g} ± %{customdata:.2g}")
+        figure.add_scatter(**_line(i, run, x, y), customdata=margin, hovertemplate="%{y:.4~g} ± %{customdata:.2g}")
     for side in ("lower", "upper"):
         for bound in sorted({run.bound(name, side) for _, run in known if (name, side) in run.sides}):
             last = max(run.steps[-1] for _, run in known)
@@ -167,8 +167,8 @@ def _trade_off(runs: Sequence[Run], name: str) -> Chart | None:
         loss = smooth(run.column("loss/task"), _width(run))
         at = thin(loss, POINTS // 2)
         x, y, steps = run.column(f"constraints/{name}/value")[at], loss[at], run.steps[at]
-        text = f"{html.escape(run.name)}, step %{{customdata:.0f}}<br>{html.escape(name)} %{{x:.4g}}"
-        text += "<br>task loss %{y:.4g}<extra></extra>"
+        text = f"{html.escape(run.name)}, step %{{customdata:.0f}}<br>{html.escape(name)} %{{x:.4~g}}"
+        text += "<br>task loss %{y:.4~g}<extra></extra>"
         path = _line(i, run, x, y) | {"opacity": 0.65}
         figure.add_scatter(**path, customdata=steps, hovertemplate=text)
         last = np.flatnonzero(np.isfinite(x) & np.isfinite(y))[-1:]
@@ -224,10 +224,12 @@ def _lines(
                 at = thin(values)
             dash = "solid" if k == 0 else "dot"
             line = _line(i, run, steps[at], values[at], label, len(runs), dash)
-            figure.add_scatter(**line, hovertemplate="%{y:.4g}")
+            figure.add_scatter(**line, hovertemplate="%{y:.4~g}")
     if not drawn:
         return None
-    if log and _decades(figure) > 0.3:
+    if log and _decades(figure) <= 0.3:
+        figure.update_yaxes(rangemode="tozero")
+    elif log:
         figure.update_yaxes(type="log", exponentformat="power", dtick=1 if _decades(figure) > 1.5 else None)
     caption = f"Solid: {names[0]}; dotted: {names[1]}." if len(names) > 1 else ""
     if averaged:
@@ -269,7 +271,8 @@ def _figure(x: str, y: str | None) -> Any:
         hovermode="x unified",
         dragmode="zoom",
     )
-    figure.update_xaxes(title={"text": x, "standoff": 8}, zeroline=False, automargin=True, nticks=8)
+    spike = {"showspikes": True, "spikethickness": 1, "spikedash": "dot", "spikecolor": "#888", "spikemode": "across"}
+    figure.update_xaxes(**spike, title={"text": x, "standoff": 8}, zeroline=False, automargin=True, nticks=8)
     figure.update_yaxes(title={"text": y, "standoff": 6}, zeroline=False, automargin=True, nticks=7)
     return figure
 
