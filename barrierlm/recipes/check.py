@@ -111,7 +111,7 @@ def check(options: Options, *, windows: int = 4, as_json: bool = False) -> Check
 
 
 def run_check(workspace: Workspace, windows: int) -> Check:
-    """The measurements of `check`; the weights are put back."""
+    """The measurements of `check`; the weights stay as they are."""
     options = workspace.options
     found = Check(windows=windows, steps=options.optim.steps, max_new_tokens=options.rollout.max_new_tokens)
     found.imported = imported_costs(options.constraints)
@@ -124,7 +124,6 @@ def run_check(workspace: Workspace, windows: int) -> Check:
         found.problems.append(f"a measurement is not finite: {error}")
     except torch.OutOfMemoryError as error:
         found.problems.append(f"out of memory: {str(error).splitlines()[0]}")
-    workspace.reset()
     found.peak_memory = _peak_memory()
     if torch.cuda.is_available():
         found.peak_cuda_memory = torch.cuda.max_memory_allocated()
@@ -248,7 +247,7 @@ def _time(workspace: Workspace, found: Check) -> None:
     model, optimizer = prepare(workspace)
     objective = build_objective(options)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # the timing must not depend on where the first step would lead
+        group["lr"] = 0.0  # the weights must stay, and what is timed is the start
     workspace.policy.lm.train()
     timed = []
     for step in range(_TIMED_STEPS):
