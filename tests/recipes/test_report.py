@@ -149,6 +149,10 @@ def test_text_of_a_run_is_escaped(tmp_path: Path):
     page = write_report([folder])
     text = page.read_text()
     body = text.replace(get_plotlyjs(), "")
+    specs = json.loads(re.search(r'id="charts">(.*?)</script>', text, re.DOTALL)[1])
+    names = {trace["name"] for spec in specs for trace in spec["data"] if "name" in trace}
+    assert "&lt;b&gt;run" in names  # plotly would make the rest bold
+    assert not any("<" in name for name in names)
     assert "<script>document" not in body
     assert "<img" not in body
     dom, log = browse(page, tmp_path)
