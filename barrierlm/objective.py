@@ -422,6 +422,7 @@ class BarrierObjective:
         for k, name in enumerate(self._committed.bounds.names):
             metrics[f"constraints/{name}/value"] = mean[k]
             metrics[f"constraints/{name}/stderr"] = stderr[k]
+            metrics[f"constraints/{name}/scale"] = float(self._committed.scales.value[k])
             metrics[f"constraints/{name}/nonfinite"] = float(self._committed.nonfinite[k])
         for row in self._committed.report:
             prefix = f"constraints/{row.constraint}/{row.side}"

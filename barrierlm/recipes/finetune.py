@@ -20,6 +20,7 @@ from .config import to_yaml
 from .costs import measure_rollouts
 from .evaluate import Evaluation, evaluate, print_evaluations, write_summary
 from .figure import draw_figure
+from .gradients import gradient_balance
 from .microbatch import collect, one_pass, rollout_metrics, window_counts
 from .model import save_model
 from .options import OptimOptions, Options
@@ -92,10 +93,7 @@ def train(
     began = time.perf_counter()
     options, accelerator, weights = workspace.options, workspace.accelerator, workspace.policy.trained()
     objective = build_objective(options) if constrained else None
-    betas = (options.optim.momentum, 0.999)
-    optimizer = torch.optim.AdamW(weights, lr=1.0, betas=betas, weight_decay=options.optim.weight_decay)
-    model, optimizer = accelerator.prepare(workspace.policy, optimizer)
-    torch.manual_seed(options.seed * 1_000_003 + accelerator.process_index)
+    model, optimizer = prepare(workspace)
     checkpoints = Checkpoints(folder / "checkpoints", accelerator, weights, optimizer, objective, best)
     if options.checkpoint_every and not options.resume:
         checkpoints.refuse_older()
@@ -121,16 +119,28 @@ def train(
     return time.perf_counter() - began
 
 
+def prepare(workspace: Workspace) -> tuple[Any, Any]:
+    """Model and optimizer as the accelerator wants them, and the seed of the run."""
+    options, accelerator = workspace.options, workspace.accelerator
+    betas = (options.optim.momentum, 0.999)
+    weights, decay = workspace.policy.trained(), options.optim.weight_decay
+    optimizer = torch.optim.AdamW(weights, lr=1.0, betas=betas, weight_decay=decay)
+    prepared = accelerator.prepare(workspace.policy, optimizer)
+    torch.manual_seed(options.seed * 1_000_003 + accelerator.process_index)
+    return prepared[0], prepared[1]
+
+
 def train_step(
     workspace: Workspace, model: Any, optimizer: Any, objective: BarrierObjective | None, step: int
 ) -> dict[str, float]:
     """One optimizer step: a window of micro-batches, all sampled before the weights change."""
-    accelerator, optim = workspace.accelerator, workspace.options.optim
+    accelerator, optim, every = workspace.accelerator, workspace.options.optim, workspace.options.balance_every
     clock, repeats = Clock(), optim.gradient_accumulation
     with clock("generation"):
         window = [collect(workspace, step * repeats + k, sampled=objective is not None) for k in range(repeats)]
     tokens, samples = window_counts(window, accelerator)
     task = total = 0.0
+    balance: dict[str, float] = {}
     grad_norm = torch.zeros(())
     for batch in window:
         with accelerator.accumulate(model):
@@ -153,6 +163,10 @@ def train_step(
                 )
             with clock("backward"):
                 accelerator.backward(loss)
+            if accelerator.sync_gradients and every and objective is not None and step % every == 0:
+                with clock("balance"):
+                    balance = gradient_balance(workspace, window, accelerator.num_processes / tokens)
+            with clock("backward"):
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(workspace.policy.trained(), optim.max_grad_norm)
                 optimizer.step()
@@ -163,7 +177,7 @@ def train_step(
         objective.step()
         metrics = objective.metrics() | rollout_metrics(window, accelerator)
     sums = accelerator.reduce(torch.tensor([task, total], device=accelerator.device), "sum").tolist()
-    metrics |= {
+    metrics |= balance | {
         "loss/task": sums[0] / accelerator.num_processes,
         "loss/total": sums[1] / accelerator.num_processes,
         "grad_norm": float(grad_norm),

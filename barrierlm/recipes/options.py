@@ -131,6 +131,12 @@ class Options:
     evaluation: EvaluationOptions = _option(EvaluationOptions, "")
     seed: int = _option(0, "seed of the data order, the adapters and the sampling", low=0)
     output_dir: str = _option("runs/finetune", "folder of metrics, checkpoints, summary, figure and weights")
+    balance_every: int = _option(
+        0,
+        "steps between logs of the gradient norms of task and constraints (`balance/...`); each takes one more forward "
+        "and backward pass, but no sampling; 0: never",
+        low=0,
+    )
     checkpoint_every: int = _option(0, "steps between checkpoints; 0: none", low=0)
     keep_best: bool = _option(
         False,

@@ -142,7 +142,7 @@ def test_metrics_and_report():
     objective = BarrierObjective(None, [Constraint("len", lower=5, upper=9), Constraint("tox", upper=0.1)])
     names = {"barrier/mu", "barrier/penalty"}
     for c, sides in (("len", ("lower", "upper")), ("tox", ("upper",))):
-        names |= {f"constraints/{c}/{key}" for key in ("value", "stderr", "nonfinite")}
+        names |= {f"constraints/{c}/{key}" for key in ("value", "stderr", "scale", "nonfinite")}
         names |= {f"constraints/{c}/{s}/{key}" for s in sides for key in ("slack", "multiplier", "mu", "s")}
     assert set(objective.metrics()) == names
     assert [row.verdict for row in objective.report()] == ["unknown"] * 3
