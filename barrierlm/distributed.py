@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,22 @@ def sum_over_ranks(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     buffer = sums.detach().to(torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu", copy=True)
     dist.all_reduce(buffer, op=dist.ReduceOp.SUM, group=group)
     return buffer.cpu()
+
+
+def gathered(weight: Any, *, mean: bool) -> Any:
+    """A sharded weight as a whole tensor, on every rank; its gradient is the sum, or mean, over those ranks, sharded.
+
+    Anything but a DTensor is returned as it is.
+    """
+    if not (isinstance(weight, Tensor) and hasattr(weight, "full_tensor")):
+        return weight
+    from torch.distributed.tensor import Partial
+
+    mesh = weight.device_mesh
+    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if mean and whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())  # gloo knows no mean
+    return whole
 
 
 def rows_of_all_ranks(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
