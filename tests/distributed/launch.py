@@ -59,7 +59,8 @@ def join(timeout: float = 120) -> tuple[int, int, Path]:
     return rank, ranks, folder
 
 
-def save(results: dict) -> None:
+def save(results: dict, *, leave: bool = True) -> None:
     """Hand tensors and numbers to `launch`, and leave the group."""
     torch.save(results, Path(os.environ["FOLDER"]) / f"rank-{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    if leave:
+        dist.destroy_process_group()

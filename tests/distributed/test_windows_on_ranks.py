@@ -71,5 +71,5 @@ def test_the_comparison_means_something():
     spans = [windows.split(2, 2, step) for step in range(windows.STEPS)]
     sizes = [[sum(hi - lo for lo, hi in own) for own in everyone] for everyone in spans]
     assert any(own[-1] == 0 for own in sizes)
-    assert len({tuple(own) for own in sizes}) > 10
+    assert len({tuple(own) for own in sizes}) > 5
     assert {len(own) for everyone in spans for own in everyone} == {1, 2}

@@ -1,6 +1,7 @@
 """Run by `launch`: 20 steps of a small policy, its windows split over ranks and micro-batches in every way."""
 
 import functools
+import itertools
 import sys
 
 import torch
@@ -21,7 +22,7 @@ EVERYTHING = ("response", "groups", "length", "kl", "pathwise", "rare")
 
 
 class Policy(nn.Module):
-    """Embedding, one layer and a head; what is computed from hidden states runs inside `forward`, as wrappers expect."""
+    """Embedding, one layer and a head; what hidden states are used for runs inside `forward`, as wrappers expect."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +93,7 @@ def split(parts, accumulation, step):
     cuts = [0, *cuts.tolist(), RESPONSES]
     if step % 3 == 0 and parts > 1:  # the last rank has no response in the whole window
         cuts[-1 - accumulation :] = [RESPONSES] * (accumulation + 1)
-    return [list(zip(cuts, cuts[1:], strict=False))[r * accumulation : (r + 1) * accumulation] for r in range(parts)]
+    return [list(itertools.pairwise(cuts))[r * accumulation : (r + 1) * accumulation] for r in range(parts)]
 
 
 def train(policy, accumulation, parts, *, rank=None, model=None, linear=False, vocab=None, group=None, head=False):
@@ -104,7 +105,7 @@ def train(policy, accumulation, parts, *, rank=None, model=None, linear=False, v
     model = policy if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     objective = make_objective(process_group=group)
-    history = {}
+    averaged, history = 1 if rank is None else parts, {}
     for step in range(STEPS):
         window = Window(step)
         everyone = split(parts, accumulation, step)
@@ -118,9 +119,7 @@ def train(policy, accumulation, parts, *, rank=None, model=None, linear=False, v
             elif hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(is_last)
             micro = MicroBatch(window, lo, hi, rare=k == 0 and not rank)
-            use = functools.partial(
-                loss_of, objective, micro, linear, vocab, counts, len(mine), 1 if rank is None else parts
-            )
+            use = functools.partial(loss_of, objective, micro, linear, vocab, counts, len(mine), averaged)
             if head:
                 loss = use(model(micro.tokens, lambda hidden, _: hidden), policy.head.weight)
             else:
