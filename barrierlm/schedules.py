@@ -25,6 +25,9 @@ class Schedule(ABC):
     def mu(self) -> float:
         """The barrier parameter now in force, in units of the scales."""
 
+    def prepare(self, num_bounds: int) -> None:  # noqa: B027 - most keep nothing by bound
+        """How many bounds there will be, so that the state has its final shapes before the first tick."""
+
     @abstractmethod
     def tick(self, readings: Readings) -> None:
         """One committed window has passed, with these readings of the bounds."""
@@ -150,12 +153,16 @@ class AdaptiveSchedule(Schedule):
     def mu(self) -> float:
         return self._mu
 
+    def prepare(self, num_bounds: int) -> None:
+        nothing = torch.zeros(num_bounds).double()
+        self._state = dict.fromkeys(self._state, nothing) | {"z": torch.full_like(nothing, math.nan)}
+
     def tick(self, readings: Readings) -> None:
         z, known = readings.z, readings.known
         if not known.any():
             return
         if len(self._state["z"]) != len(z):
-            self._state = dict.fromkeys(self._state, torch.zeros_like(z)) | {"z": torch.full_like(z, math.nan)}
+            self.prepare(len(z))
         old = self._state
         moved = (z - old["z"]).abs().nan_to_num(math.inf)
         violated = z > 2 * readings.stderr
