@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,6 @@ from .probe import GradientProbe
 from .sampling import Measured, Sampled, measure_value
 from .schedules import AdaptiveSchedule, Schedule
 from .window import Window
-
-if TYPE_CHECKING:
-    from barrierlm_kernels import VocabParallel
 
 Measurements = Mapping[str, Tensor | Sampled]
 
@@ -247,7 +244,7 @@ class BarrierObjective:
         loss_divisor: float = 1,
         impl: str = "auto",
         memory_budget: int | None = None,
-        vocab_parallel: VocabParallel | None = None,
+        vocab_parallel: Any = None,
     ) -> ObjectiveOutput:
         r"""Task and sampled constraints in one pass over the LM head, never an [N, V] tensor.
 
