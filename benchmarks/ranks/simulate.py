@@ -6,6 +6,7 @@ some drop out, dear ones more often. That is what makes a mean of the ranks' mea
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -47,6 +48,11 @@ def add_up(rows: list[Tensor], rank: int, how: str) -> Tensor:
     return total
 
 
+def _reduced(calls: int, rows: Tensor, group: Any) -> tuple[int, Tensor]:
+    """In place of `Window.reduce`: what the all-reduce has given this rank."""
+    return calls, rows
+
+
 def simulate(ranks: int, how: str = "same order", seed: int = 0) -> dict[str, Any]:
     """Errors against one process that has all samples, and how far the ranks' multipliers lie apart."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +69,7 @@ def simulate(ranks: int, how: str = "same order", seed: int = 0) -> dict[str, An
         same = add_up(rows, 0, how) if how == "same order" else None
         for rank, objective in enumerate(objectives):
             total = same if same is not None else add_up(rows, rank, how)
-            objective._window.reduce = lambda group, result=(calls, total.clone()): result  # type: ignore[method-assign]
+            objective._window.reduce = functools.partial(_reduced, calls, total.clone())  # type: ignore[method-assign]
             objective.step()
             del objective._window.reduce  # type: ignore[misc]
         whole.step()

@@ -32,10 +32,9 @@ class VocabParallel:
         RuntimeError: torch.distributed is not initialized.
 
     Example:
-        >>> import tempfile, torch, torch.distributed as dist
+        >>> import torch, torch.distributed as dist
         >>> from barrierlm_kernels import VocabParallel, linear_sequence_logprob
-        >>> store = dist.FileStore(tempfile.mktemp(), 1)
-        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> vocab = VocabParallel(rows=4)
         >>> packing = torch.tensor([0, 1, 3]), torch.tensor([0, 3])
         >>> linear_sequence_logprob(torch.zeros(3, 2), torch.zeros(4, 2), *packing, vocab_parallel=vocab).logps

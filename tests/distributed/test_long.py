@@ -7,8 +7,9 @@ STEPS = 10_000
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ten_thousand_steps(tmp_path):
-    ranks = launch("long.py", 2, tmp_path, str(STEPS), timeout=290)
+    ranks = launch("long.py", 2, tmp_path, str(STEPS), timeout=900)
     for outcome in ranks:
         _, resident, traced, objective, model = zip(*outcome["history"], strict=True)
         assert objective == tuple(h[3] for h in ranks[0]["history"])
@@ -17,5 +18,5 @@ def test_ten_thousand_steps(tmp_path):
         # From step 2,000 on: caches are warm by then. 8 bytes a step would be 64 KiB.
         assert resident[-1] - resident[1] < 4 * 2**20, resident
         assert traced[-1] - traced[1] < 64 * 2**10, traced
-        assert outcome["windows"] > 0.9 * STEPS
+        assert outcome["windows"] == STEPS
     print([(step, resident // 2**10, traced // 2**10) for step, resident, traced, *_ in ranks[0]["history"]])
