@@ -34,7 +34,7 @@ def main(steps):
     torch.manual_seed(rank)
     history = []
     for step in range(1, steps + 1):
-        count = int(torch.randint(rank == 0, 6, ()))  # uneven, and at times nothing on the second rank
+        count = int(torch.randint(int(rank == 0), 6, ()))  # uneven, and at times nothing on the second rank
         lengths = torch.randint(1, 4, (count,))
         ends = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
         logp = model(torch.randn(int(ends[-1]), 5)).log_softmax(-1)
