@@ -75,13 +75,19 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     same = [r for r in rows if r["order"] == "same order"]
     other = [r for r in rows if r["order"] != "same order"]
     ranks, floor = [r["ranks"] for r in same], 1e-17
-    left.plot(ranks, [r["error of a mean of means"] for r in same], "o-", color="#c1121f", label="mean of ranks' means")
+    left.plot(
+        ranks[1:],
+        [r["error of a mean of means"] for r in same][1:],
+        "o-",
+        color="#c1121f",
+        label="mean of ranks' means",
+    )
     left.plot(
         ranks, [r["standard error of a window"] for r in same], "--", color="#6c757d", label="sampling noise (s.e.)"
     )
     exact = [max(floor, r["estimate's relative error"]) for r in same]
     left.plot(ranks, exact, "o-", color="#003049", label="sums and counts (barrierlm)")
-    left.set(title="Error of the estimate", ylim=(floor / 3, 3))
+    left.set(title="Error of the estimate", ylabel="cost's units (bound: 1.2)", ylim=(floor / 3, 3))
     apart = [r["largest / smallest multiplier from own means"] - 1 for r in same]
     right.plot(ranks[1:], apart[1:], "o-", color="#c1121f", label="each rank's own mean")
     drift = [max(floor, r["multipliers' relative spread"]) for r in other]
@@ -94,7 +100,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     )
     agree = [max(floor, r["multipliers' relative spread"]) for r in same]
     right.plot(ranks, agree, "o-", color="#003049", label="barrierlm (0, drawn at 1e-17)")
-    right.set(title="Disagreement of the ranks' multipliers", ylim=(floor / 3, 1e4))
+    right.set(title="Disagreement of the ranks' multipliers", ylabel="largest / smallest - 1", ylim=(floor / 3, 1e4))
     for axes in (left, right):
         axes.set(xscale="log", yscale="log", xlabel="ranks", xticks=ranks)
         axes.set_xticklabels([str(p) for p in ranks])
