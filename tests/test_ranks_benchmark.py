@@ -1,8 +1,10 @@
 """The simulation of many ranks, and the numbers that the page on scaling is made of."""
 
+import torch
+
 from barrierlm.estimators import NUM_COLUMNS
 from benchmarks.ranks.__main__ import HOP, model_seconds, picture, tables, window_bytes
-from benchmarks.ranks.simulate import simulate
+from benchmarks.ranks.simulate import add_up, simulate
 
 
 def test_what_a_window_sends():
@@ -21,7 +23,9 @@ def test_simulated_ranks_agree_and_means_of_means_do_not(tmp_path):
     assert one["multipliers' relative error"] == 0
     assert same["multipliers' relative spread"] == 0
     assert same["estimate's relative error"] < 1e-14
-    assert 0 < own["multipliers' relative spread"] < 1e-12
+    assert own["multipliers' relative spread"] < 1e-12
+    numbers = [torch.tensor(x, dtype=torch.float64) for x in (1e16, 1.0, -1e16)]
+    assert add_up(numbers, 1, "own order") != add_up(numbers, 0, "own order")  # it is another order
     assert same["error of a mean of means"] > 3 * same["standard error of a window"]
     assert same["largest / smallest multiplier from own means"] > 2
     text = tables({"measured": [], "simulated": rows})
