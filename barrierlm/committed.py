@@ -58,6 +58,7 @@ class Committed:
         self.windows = 0
         num_constraints = len(bounds.constraints)
         rule.start(len(bounds))
+        schedule.prepare(len(bounds))
         # A bound is the natural origin: sums of squares of first samples lose no digits to a large offset.
         origin = torch.tensor(
             [c.upper if c.lower is None else c.lower for c in bounds.constraints], dtype=torch.float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,8 +29,41 @@ def sum_over_ranks(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     # NCCL reduces only what lives on a GPU, wherever a rank without samples kept its zeros.
     on_gpu = "nccl" in dist.get_backend(group)
     buffer = sums.detach().to(torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu", copy=True)
-    dist.all_reduce(buffer, op=dist.ReduceOp.SUM, group=group)
+    all_reduce(buffer, group)
     return buffer.cpu()
+
+
+def all_reduce(buffer: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Sum ``buffer`` over the group, in place; a rank that is gone is an error that says so.
+
+    NCCL reports such a rank later, and by its own watchdog: nothing here waits for the device.
+    """
+    try:
+        dist.all_reduce(buffer, op=dist.ReduceOp.SUM, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the sums of {world_size(group)} ranks could not be added up: seen from rank {dist.get_rank()}, another "
+            "one has stopped, or has not made this call within the timeout of init_process_group; allowed: the same "
+            "calls, such as step(), on every rank of process_group. Nothing was committed. The reason given: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def gathered(weight: Any, *, mean: bool) -> Any:
+    """A sharded weight as a whole tensor, on every rank; its gradient is the sum, or mean, over those ranks, sharded.
+
+    Anything but a DTensor is returned as it is.
+    """
+    if not (isinstance(weight, Tensor) and hasattr(weight, "full_tensor")):
+        return weight
+    from torch.distributed.tensor import Partial
+
+    sharded: Any = weight
+    mesh = sharded.device_mesh
+    whole = sharded.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if mean and whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())  # gloo knows no mean
+    return whole
 
 
 def rows_of_all_ranks(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -65,7 +99,7 @@ def combine_over_ranks(
         flat = torch.cat([*(piece.detach().reshape(-1) for piece in pieces), present])
         if mean:
             flat /= ranks
-        dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=group)
+        all_reduce(flat, group)
         *combined, present = flat.split([*(piece.numel() for piece in pieces), len(mine)])
         for i, piece, anywhere in zip(mine, combined, present.tolist(), strict=True):
             result[i] = piece.view_as(parameters[i]) if anywhere else None

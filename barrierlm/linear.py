@@ -14,7 +14,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from barrierlm_kernels import constraint_weights, linear_sequence_logprob, linear_weighted_logprob
+from barrierlm_kernels import VocabParallel, constraint_weights, linear_sequence_logprob, linear_weighted_logprob
 from torch import Tensor
 
 from .committed import View
@@ -36,6 +36,7 @@ class Head(NamedTuple):
     ignore_index: int
     impl: str
     memory_budget: int | None
+    vocab_parallel: VocabParallel | None
 
     def options(self) -> dict[str, Any]:
         """All but the weight, by name."""

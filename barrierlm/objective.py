@@ -18,7 +18,7 @@ from .committed import Committed
 from .constraints import Bounds, Constraint
 from .current import barrier_terms
 from .diagnostics import Report
-from .distributed import world_size
+from .distributed import gathered, world_size
 from .estimators import EMA, Column
 from .learning import AdaptiveBarrier
 from .output import ObjectiveOutput
@@ -246,6 +246,7 @@ class BarrierObjective:
         loss_divisor: float = 1,
         impl: str = "auto",
         memory_budget: int | None = None,
+        vocab_parallel: Any = None,
     ) -> ObjectiveOutput:
         r"""Task and sampled constraints in one pass over the LM head, never an [N, V] tensor.
 
@@ -266,7 +267,8 @@ class BarrierObjective:
 
         Args:
             hidden: Last hidden states [N, H], floating: row i predicts ``batch.targets[i]``.
-            weight: LM head [V, H], dtype of ``hidden`` (autocast may mix dtypes).
+            weight: LM head [V, H], dtype of ``hidden`` (autocast may mix dtypes). A DTensor that FSDP2 shards is
+                gathered, and its gradient reduced as ``gradient_reduction`` says; then every rank must call.
             batch: What the rows are, and their weights in the task loss.
             measurements: As for `combine`, but a `Sampled` is about the batch's sampled sequences and leaves out
                 ``logps`` (and ``cu_seqlens``). Pathwise tensors as ever.
@@ -279,6 +281,8 @@ class BarrierObjective:
             loss_divisor: See `combine`.
             impl: "auto", "triton" or "reference"; see `barrierlm_kernels`.
             memory_budget: Bytes of logits that may exist at a time; None: the kernels' default.
+            vocab_parallel: A `barrierlm_kernels.VocabParallel`: ``weight`` and ``bias`` are this rank's slice of the
+                vocabulary, and the ranks of its group are replicas, which ``process_group`` must not hold.
 
         Returns:
             An `ObjectiveOutput`; call ``.loss.backward()``.
@@ -310,7 +314,8 @@ class BarrierObjective:
             )
         self._check_call(measurements, num_samples_in_window, loss_divisor, how="linear")
         sampled = {name: m for name, m in measurements.items() if isinstance(m, Sampled)}
-        head = Head(weight, bias, temperature, softcap, ignore_index, impl, memory_budget)
+        weight = gathered(weight, mean=self.gradient_reduction == "mean")
+        head = Head(weight, bias, temperature, softcap, ignore_index, impl, memory_budget, vocab_parallel)
         check_pass(hidden, head, batch, sampled)
         names, device = self._committed.bounds.names, hidden.device
         expected = {names.index(name): n for name, n in num_samples_in_window.items()}

@@ -25,6 +25,9 @@ class Schedule(ABC):
     def mu(self) -> float:
         """The barrier parameter now in force, in units of the scales."""
 
+    def prepare(self, num_bounds: int) -> None:  # noqa: B027 - most keep nothing by bound
+        """How many bounds there will be, so that the state has its final shapes before the first tick."""
+
     @abstractmethod
     def tick(self, readings: Readings) -> None:
         """One committed window has passed, with these readings of the bounds."""
@@ -170,6 +173,9 @@ class AdaptiveSchedule(Schedule):
     @property
     def mu(self) -> float:
         return self._mu
+
+    def prepare(self, num_bounds: int) -> None:
+        self._seen = [_Seen()] * num_bounds
 
     def tick(self, readings: Readings) -> None:
         bounds = readings.each()

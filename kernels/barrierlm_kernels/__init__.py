@@ -7,12 +7,14 @@ from .linear_weighted_logprob import linear_weighted_logprob
 from .padded import PackedRows, padded_to_packed
 from .results import SequenceLogProbs, WeightedLogProb
 from .sequence_logprob import sequence_logprob
+from .vocab_parallel import VocabParallel
 
 __all__ = [
     "Choice",
     "ConstraintWeights",
     "PackedRows",
     "SequenceLogProbs",
+    "VocabParallel",
     "WeightedLogProb",
     "constraint_weights",
     "linear_sequence_logprob",

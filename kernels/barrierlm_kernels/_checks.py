@@ -94,6 +94,12 @@ def check_packing_values(targets: Tensor, cu_seqlens: Tensor, vocab: int, ignore
 
 def check_head(hidden: Any, weight: Any, bias: Any, autocast: torch.dtype | None) -> None:
     """hidden [N, H], weight [V, H] and bias [V] or None; `autocast` is autocast's dtype, None if it is off."""
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(
+            "weight must be an ordinary tensor, got a DTensor, of which this rank holds a part; call this inside the "
+            "forward of the module that FSDP wraps, where the head is whole, or give weight.full_tensor(), or "
+            "weight.to_local() with vocab_parallel"
+        )
     check_tensor("weight", weight, ("V", "H"), FLOATS, hidden.device)
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(

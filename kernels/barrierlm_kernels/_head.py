@@ -2,8 +2,10 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ._rows import accumulation_dtype, spans
@@ -16,11 +18,14 @@ DEFAULT_MEMORY_BUDGET = {"cpu": 48 * 2**20}
 DEFAULT_MEMORY_BUDGET_ACCELERATOR = 512 * 2**20
 
 
-def rows_per_chunk(weight: Tensor, dtype: torch.dtype, memory_budget: int | None) -> int:
-    """How many rows of logits in `dtype` fit the budget; at least one."""
+def rows_per_chunk(hidden: Tensor, vocab: int, dtype: torch.dtype, memory_budget: int | None, ranks: int = 1) -> int:
+    """How many of the rows of logits in `dtype` go into a chunk that fits the budget; at least one.
+
+    Of a vocabulary shared by several ranks it is a mean slice that counts: all have to cut at the same rows.
+    """
     if memory_budget is None:
-        memory_budget = DEFAULT_MEMORY_BUDGET.get(weight.device.type, DEFAULT_MEMORY_BUDGET_ACCELERATOR)
-    return max(1, memory_budget // (weight.shape[0] * dtype.itemsize))
+        memory_budget = DEFAULT_MEMORY_BUDGET.get(hidden.device.type, DEFAULT_MEMORY_BUDGET_ACCELERATOR)
+    return max(1, min(len(hidden), memory_budget // (-(-vocab // ranks) * dtype.itemsize)))
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -57,7 +62,8 @@ class HeadGradients:
     `hidden` is in its own dtype, each row being written once; those of weight and bias are added up over the chunks in
     the accumulation dtype, and rounded to `dtype` at the end. The first chunk is written and not added: setting a
     large gradient to 0 takes as long as writing it. Where there is but `one_chunk`, there is no sum to keep. What
-    `needs` does not name is an empty tensor.
+    `needs` does not name is an empty tensor. With a `group`, whose ranks hold slices of the head, those of hidden are
+    summed over it, each chunk while the next one is computed.
     """
 
     def __init__(
@@ -69,8 +75,10 @@ class HeadGradients:
         dtype: torch.dtype,
         *,
         one_chunk: bool,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.needs = needs
+        self._group, self._sums = group, list[Any]()
         wide = accumulation_dtype(weight.dtype)
         self._hidden, self._weight, self._bias = empty_gradients(hidden, weight, bias, needs, dtype)
         self._wide_bias = self._bias.to(wide)
@@ -85,6 +93,8 @@ class HeadGradients:
         """Rows lo to hi: gradients of their logits [n, V], hidden states [n, H] and the head [V, H] in one dtype."""
         if self.needs[0]:
             _set_product(self._hidden[lo:hi], grad_logits, head)
+            if self._group is not None:
+                self._sums.append(dist.all_reduce(self._hidden[lo:hi], group=self._group, async_op=True))
         start = 0
         for total in self._parts:
             left = grad_logits[:, start : start + len(total)].t()
@@ -99,6 +109,8 @@ class HeadGradients:
         if len(self._parts) > 1:
             _narrow(self._weight, *self._parts)
         self._parts = []
+        for work in self._sums:
+            work.wait()
         self._bias.copy_(self._wide_bias)
         return self._hidden, self._weight, self._bias
 

@@ -32,6 +32,7 @@ def samples(impl):
     column = torch.rand(N, device=device)
     yield read_packing, (targets, batch.cu_seqlens, V, -100)
     yield segment_sum, (column.clone().requires_grad_(), batch.cu_seqlens, impl)
+    whole = (None, 0, V)
     statistics = [torch.zeros_like(column), torch.ones_like(column), torch.zeros_like(column)]
     for entropy in (False, True):
         softcap = 3.0 if entropy else None
@@ -47,14 +48,15 @@ def samples(impl):
         )
         b = bias if entropy else None
         options = (0.7, softcap, entropy, torch.float32, 100)
-        yield linear_token_logprobs, (hidden, weight, b, targets, counted, *options, impl)
+        yield linear_token_logprobs, (hidden, weight, b, targets, counted, *options, impl, *whole)
         for needs in NEEDS if entropy else NEEDS[1:]:
             inputs = [None if x is None else x.detach() for x in (hidden, weight, b)]
-            rest = (0.7, softcap, torch.float32, 100, impl, needs)
+            rest = (0.7, softcap, torch.float32, 100, impl, *whole, needs)
             yield linear_token_logprobs_backward, (column, grad_entropy, *inputs, targets, counted, statistics, *rest)
     for needs in NEEDS:
         inputs = (x.detach().requires_grad_(need) for x, need in zip((hidden, weight, bias), needs, strict=True))
-        yield linear_weighted_total, (*inputs, targets, column, 0.7, None, torch.float32, 100, False, impl, needs)
+        options = (0.7, None, torch.float32, 100, False, impl, needs, *whole)
+        yield linear_weighted_total, (*inputs, targets, column, *options)
 
 
 CASES = [(impl, k) for impl in IMPLS for k in range(len(list(samples("reference"))))]

@@ -185,7 +185,7 @@ def test_verdicts_are_those_of_the_objective(tmp_path: Path):
     x = torch.zeros((), requires_grad=True)
     rows = []
     for step in range(1, 700):
-        noise = torch.randn(8, generator=torch.Generator().manual_seed(step))
+        noise = 0.1 * torch.randn(8, generator=torch.Generator().manual_seed(step))
         measured = {"a": x + noise, "b": x + noise, "free": x + noise, "exact": x + 1.005}
         objective.combine(x * 0, measured)
         objective.step()

@@ -109,5 +109,6 @@ class Rows(ABC):
     ) -> None:
         """Write the gradient of a measured block into `out`, which may be `logits` itself.
 
-        What dead rows get (see `resume`) is 0 if they hold finite numbers, or if `skips_dead_rows`.
+        What dead rows get (see `resume`) is 0 if they hold finite numbers, or if `skips_dead_rows`. A target
+        outside of [0, V) is in no column: it is in another slice of the vocabulary.
         """

@@ -138,8 +138,9 @@ class ReferenceRows(Rows):
             work = torch.exp(tile.clamp_(min=_LOWEST), out=self._buffer("work", len(tile)))
             tile.sub_(moment[:, None]).mul_(-grad_entropy[:, None]).sub_(grad_logps[:, None])
             tile.mul_(work.div_(total[:, None]))
-        column = targets[:, None]
-        tile.scatter_(1, column, tile.gather(1, column) + grad_logps[:, None])  # scatter_add_ may be atomic
+        column = targets.clamp(0, self.vocab - 1)[:, None]
+        at_target = torch.where(column[:, 0] == targets, grad_logps, 0)
+        tile.scatter_(1, column, tile.gather(1, column) + at_target[:, None])  # scatter_add_ may be atomic
         if self.softcap is not None:
             tile.mul_(self._buffer("slope", len(tile)).square_().neg_().add_(1))
         if tile is not out:

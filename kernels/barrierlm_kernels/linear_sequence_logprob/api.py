@@ -8,6 +8,7 @@ from .._head import autocast_dtype, matmul_dtype
 from .._packing import read_packing
 from .._segments import segment_reduce
 from ..results import SequenceLogProbs
+from ..vocab_parallel import VocabParallel, slice_arguments
 from .op import linear_token_logprobs
 
 
@@ -26,6 +27,7 @@ def linear_sequence_logprob(
     return_entropy: bool = False,
     impl: str = "auto",
     memory_budget: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> SequenceLogProbs:
     """Log-probability of each sequence of a packed batch, from hidden states, with no [N, V] tensor.
 
@@ -52,6 +54,8 @@ def linear_sequence_logprob(
         impl: "auto", "triton" or "reference"; see `which_impl`. The products are torch's in all of them.
         memory_budget: bytes of logits that may exist at a time. None: 48 MiB on the CPU, 512 MiB elsewhere.
             Results agree for all budgets to rounding, and exactly for equal ones.
+        vocab_parallel: a `VocabParallel`: `weight` and `bias` are this rank's slice of the vocabulary, and all ranks
+            of its group call this together with the same other arguments. None: `weight` is the whole head.
 
     Returns:
         `SequenceLogProbs(logps, counts, token_logps, entropy)` in fp32, or in fp64 for fp64 hidden states.
@@ -82,10 +86,11 @@ def linear_sequence_logprob(
         impl=impl,
         memory_budget=memory_budget,
     )
-    check_packing(targets, cu_seqlens, len(hidden), len(weight), hidden.device)
+    vocab = slice_arguments(vocab_parallel, len(weight))
+    check_packing(targets, cu_seqlens, len(hidden), vocab[-1], hidden.device)
     impl = choose(impl, hidden.device, hidden.dtype)
 
-    safe_targets, counted, counts = read_packing(targets, cu_seqlens, len(weight), ignore_index)
+    safe_targets, counted, counts = read_packing(targets, cu_seqlens, vocab[-1], ignore_index)
     token_logps, token_entropy, *_ = linear_token_logprobs(
         hidden,
         weight,
@@ -98,6 +103,7 @@ def linear_sequence_logprob(
         matmul_dtype(hidden),
         memory_budget,
         impl,
+        *vocab,
     )
     return SequenceLogProbs(
         segment_reduce(token_logps, cu_seqlens, counts, reduction, impl),

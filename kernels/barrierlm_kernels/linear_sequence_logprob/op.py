@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._head import HeadGradients, empty_gradients, live_rows, no_autocast, rows_per_chunk
-from .._rows import Rows, accumulation_dtype, rows_class, spans
+from .._rows import Rows, accumulation_dtype, head_rows, spans
+from ..vocab_parallel import group_of
 
 
 @torch.library.custom_op("barrierlm::linear_token_logprobs", mutates_args=())
@@ -23,13 +25,18 @@ def linear_token_logprobs(
     dtype: torch.dtype,
     memory_budget: int | None,
     impl: str,
+    vocab_group: str | None,
+    first: int,
+    vocab: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(log p, entropy, peak, total, moment), [N] each; log p and entropy are 0 where `counted` is False.
 
-    `targets` must be valid indices in every row, counted or not. Products are in `dtype`.
+    `targets` must be valid indices in every row, counted or not. Products are in `dtype`. With a `vocab_group` the
+    head is the slice of a vocabulary of `vocab` that begins with number `first`.
     """
-    count, at_most = len(hidden), _at_most(hidden, weight, dtype, memory_budget)
-    rows = _rows(hidden, weight, at_most, temperature, softcap, entropy, impl)
+    shared = (dtype, memory_budget, impl, group_of(vocab_group), first, vocab)
+    rows = _rows(hidden, weight, temperature, softcap, entropy, *shared)
+    count, at_most = len(hidden), rows.block_rows
     with no_autocast(hidden.device):
         head = weight.to(dtype).t()
         buffer = hidden.new_empty(at_most, len(weight), dtype=dtype)
@@ -62,13 +69,18 @@ def linear_token_logprobs_backward(
     dtype: torch.dtype,
     memory_budget: int | None,
     impl: str,
+    vocab_group: str | None,
+    first: int,
+    vocab: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for hidden, weight and bias, the last in the weight's dtype; empty where `needs` does not ask."""
-    at_most = _at_most(hidden, weight, dtype, memory_budget)
-    rows = _rows(hidden, weight, at_most, temperature, softcap, grad_entropy is not None, impl)
+    group = group_of(vocab_group)
+    shared = (dtype, memory_budget, impl, group, first, vocab)
+    rows = _rows(hidden, weight, temperature, softcap, grad_entropy is not None, *shared)
+    at_most, one_chunk = rows.block_rows, rows.block_rows == len(hidden)
     live, grad_logps, grad_entropy = rows.resume(statistics, counted, grad_logps, grad_entropy)
-    gradients = HeadGradients(hidden, weight, bias, needs, weight.dtype, one_chunk=at_most == len(hidden))
+    gradients = HeadGradients(hidden, weight, bias, needs, weight.dtype, one_chunk=one_chunk, group=group)
     with no_autocast(hidden.device):
         head = weight.to(dtype)
         buffer = hidden.new_empty(at_most, len(weight), dtype=dtype)
@@ -88,22 +100,22 @@ def _(
     return empty_gradients(hidden, weight, bias, rest[-1], weight.dtype)
 
 
-def _at_most(hidden: Tensor, weight: Tensor, dtype: torch.dtype, memory_budget: int | None) -> int:
-    return max(1, min(len(hidden), rows_per_chunk(weight, dtype, memory_budget)))
-
-
 def _rows(
-    hidden: Tensor, weight: Tensor, at_most: int, temperature: float, softcap: float | None, entropy: bool, impl: str
+    hidden: Tensor,
+    weight: Tensor,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    dtype: torch.dtype,
+    memory_budget: int | None,
+    impl: str,
+    group: dist.ProcessGroup | None,
+    first: int,
+    vocab: int,
 ) -> Rows:
-    return rows_class(impl)(
-        len(hidden),
-        len(weight),
-        hidden,
-        block_rows=at_most,
-        temperature=temperature,
-        softcap=softcap,
-        entropy=entropy,
-    )
+    at_most = rows_per_chunk(hidden, vocab, dtype, memory_budget, 1 if group is None else group.size())
+    options = {"temperature": temperature, "softcap": softcap, "entropy": entropy}
+    return head_rows(impl, len(hidden), len(weight), hidden, group, first, block_rows=at_most, **options)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -117,7 +129,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 @once_differentiable
 def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Any, ...]:
     hidden, weight, bias, targets, counted, *statistics = ctx.saved_tensors
-    temperature, softcap, entropy, dtype, memory_budget, impl = ctx.options
+    temperature, softcap, entropy, *shared = ctx.options
     needs = list(ctx.needs_input_grad[:3])
     gradients = linear_token_logprobs_backward(
         grad_logps,
@@ -130,13 +142,11 @@ def _backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, 
         statistics,
         temperature,
         softcap,
-        dtype,
-        memory_budget,
-        impl,
+        *shared,
         needs,
     )
     inputs = zip(gradients, (hidden, weight, bias), needs, strict=True)
-    return *(g.to(x.dtype) if need else None for g, x, need in inputs), *[None] * 8
+    return *(g.to(x.dtype) if need else None for g, x, need in inputs), *[None] * 11
 
 
 linear_token_logprobs.register_autograd(_backward, setup_context=_save)

@@ -10,6 +10,7 @@ from .._packing import read_packing
 from .._rows import accumulation_dtype
 from .._segments import rows_to_sequences, segment_sum
 from ..results import WeightedLogProb
+from ..vocab_parallel import VocabParallel, slice_arguments
 from .op import linear_weighted_total
 
 
@@ -29,6 +30,7 @@ def linear_weighted_logprob(
     return_token_logps: bool = False,
     impl: str = "auto",
     memory_budget: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> WeightedLogProb:
     """Weighted sum of token log-probabilities, its gradient made in the same pass over the LM head.
 
@@ -60,6 +62,8 @@ def linear_weighted_logprob(
         return_token_logps: also return the [N] token log-probabilities, detached.
         impl: "auto", "triton" or "reference"; see `which_impl`. The products are torch's in all of them.
         memory_budget: bytes of logits that may exist at a time. None: 48 MiB on the CPU, 512 MiB elsewhere.
+        vocab_parallel: a `VocabParallel`: `weight` and `bias` are this rank's slice of the vocabulary, and all ranks
+            of its group call this together with the same other arguments. None: `weight` is the whole head.
 
     Returns:
         `WeightedLogProb(total, logps, counts, token_logps)`, in fp32, or in fp64 for fp64 hidden states.
@@ -91,10 +95,11 @@ def linear_weighted_logprob(
         impl=impl,
         memory_budget=memory_budget,
     )
-    check_packing(targets, cu_seqlens, len(hidden), len(weight), hidden.device)
+    vocab = slice_arguments(vocab_parallel, len(weight))
+    check_packing(targets, cu_seqlens, len(hidden), vocab[-1], hidden.device)
     impl = choose(impl, hidden.device, hidden.dtype)
 
-    safe_targets, counted, counts = read_packing(targets, cu_seqlens, len(weight), ignore_index)
+    safe_targets, counted, counts = read_packing(targets, cu_seqlens, vocab[-1], ignore_index)
     weights = _weights_per_row(weights, weights_per, cu_seqlens, len(hidden), hidden.device)
     row_weights = torch.where(counted, weights, 0).to(accumulation_dtype(hidden.dtype))
     kept = None
@@ -116,6 +121,7 @@ def linear_weighted_logprob(
         True,
         impl,
         needs,
+        *vocab,
     )
     if kept is not None:
         token_logps = token_logps.new_zeros(len(targets)).index_copy_(0, kept, token_logps)

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from .._autograd import may_overwrite
 from .._head import HeadGradients, empty_gradients, live_rows, no_autocast, rows_per_chunk, scale_
-from .._rows import accumulation_dtype, rows_class, spans
+from .._rows import accumulation_dtype, head_rows, spans
+from ..vocab_parallel import group_of
 
 
 @torch.library.custom_op("barrierlm::linear_weighted_total", mutates_args=())
@@ -29,25 +30,29 @@ def linear_weighted_total(
     inplace_backward: bool,
     impl: str,
     needs: list[bool],
+    vocab_group: str | None,
+    first: int,
+    vocab: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum_i w_i log p_i, log p [N], unit, and the gradients for hidden, weight and bias divided by `unit`).
 
     log p is 0 where `row_weights` [N] is 0. `targets` must be valid indices in every row. `row_weights` has the
     accumulation dtype. A gradient that `needs` does not name is an empty tensor; those of weight and bias are in
-    `_saved_dtype`. With `inplace_backward` they belong to backward, which writes over them where it may.
+    `_saved_dtype`. With `inplace_backward` they belong to backward, which writes over them where it may. With a
+    `vocab_group` the head is the slice of a vocabulary of `vocab` that begins with number `first`.
     """
-    count, vocab = len(hidden), len(weight)
-    at_most = max(1, min(count, rows_per_chunk(weight, dtype, memory_budget)))
-    rows = rows_class(impl)(
-        count, vocab, hidden, block_rows=at_most, temperature=temperature, softcap=softcap, entropy=False
-    )
+    count, group = len(hidden), group_of(vocab_group)
+    at_most = rows_per_chunk(hidden, vocab, dtype, memory_budget, 1 if group is None else group.size())
+    options = {"temperature": temperature, "softcap": softcap, "entropy": False}
+    rows = head_rows(impl, count, len(weight), hidden, group, first, block_rows=at_most, **options)
     live = row_weights != 0
     unit = _weight_unit(row_weights, dtype)
     grad_logps = row_weights / unit
-    gradients = HeadGradients(hidden, weight, bias, needs, _saved_dtype(weight), one_chunk=at_most == count)
+    one_chunk = at_most == count
+    gradients = HeadGradients(hidden, weight, bias, needs, _saved_dtype(weight), one_chunk=one_chunk, group=group)
     with no_autocast(hidden.device):
         head = weight.to(dtype)
-        buffer = hidden.new_empty(at_most, vocab, dtype=dtype)
+        buffer = hidden.new_empty(at_most, len(weight), dtype=dtype)
         for lo, hi in spans(count, at_most):
             chunk = live_rows(hidden[lo:hi], live[lo:hi], dtype)
             logits = torch.mm(chunk, head.t(), out=buffer[: hi - lo])
@@ -66,14 +71,14 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_weights: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(hidden.dtype)
-    gradients = empty_gradients(hidden, weight, bias, rest[-1], _saved_dtype(weight))
+    gradients = empty_gradients(hidden, weight, bias, rest[-4], _saved_dtype(weight))
     total, logps = hidden.new_empty((), dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
     return total, logps, torch.empty_like(total), *gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias = inputs[:3]
-    ctx.inplace, ctx.needs = inputs[-3], inputs[-1]
+    ctx.inplace, ctx.needs = inputs[-6], inputs[-4]
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
@@ -83,7 +88,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 @once_differentiable
 def _backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad_total is None:
-        return (None,) * 12
+        return (None,) * 15
     unit, *gradients = ctx.saved_tensors
     factor = grad_total * unit
     scaled: list[Tensor | None] = []
@@ -95,7 +100,7 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
         else:
             # Not 0-d: a 0-d factor would be rounded to the dtype of the gradient before the product.
             scaled.append((gradient * factor.reshape(1)).to(dtype))
-    return *scaled, *[None] * 9
+    return *scaled, *[None] * 12
 
 
 linear_weighted_total.register_autograd(_backward, setup_context=_save)
