@@ -1,4 +1,4 @@
-"""A small random Llama and a tokenizer with a word per token, saved in a folder: examples that run anywhere, offline."""
+"""A small random Llama and a tokenizer with a word per token, saved in a folder: examples run anywhere."""
 
 import tempfile
 from collections.abc import Sequence
@@ -7,12 +7,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "<pad> <eos> <unk> yes no maybe red green blue one two three four the a is it was of and to say more".split()
+WORDS = """
+    <pad> <eos> <unk> yes no maybe red green blue one two three four the a is it was of and to say more
+"""
+VOCABULARY = WORDS.split()
 
 
 def tiny_model(texts: Sequence[str] = ()) -> str:
     """The folder, to be given wherever a model's name is; of a model that was first trained on ``texts``, if any."""
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
@@ -20,7 +23,7 @@ def tiny_model(texts: Sequence[str] = ()) -> str:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(WORDS),
+            vocab_size=len(VOCABULARY),
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=1,

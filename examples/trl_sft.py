@@ -8,16 +8,6 @@ from barrierlm.integrations.trl import BarrierSFTTrainer
 
 name = tiny_model()  # or "HuggingFaceTB/SmolLM2-135M-Instruct"
 reference = AutoModelForCausalLM.from_pretrained(name)
-
-
-def kl(batch):
-    """Mean over a sequence's tokens of KL(model || reference) in nats, over the whole vocabulary; one per sequence."""
-    inputs = {key: batch.inputs[key] for key in ("input_ids", "attention_mask")}
-    logps, ref_logps = (model(**inputs).logits[:, :-1].log_softmax(-1) for model in (batch.model, reference))
-    per_token = (logps.exp() * (logps - ref_logps.detach())).sum(-1)
-    return (per_token * batch.outputs.label_mask).sum(1) / batch.outputs.label_mask.sum(1)
-
-
 args = SFTConfig(
     output_dir="sft",
     per_device_train_batch_size=8,
@@ -36,7 +26,7 @@ trainer = BarrierSFTTrainer(
     args=args,
     train_dataset=Dataset.from_dict({"text": ["say one two three", "it was red", "the four is green and blue"] * 200}),
     constraints=[Constraint("kl", upper=0.5)],
-    measurements={"kl": kl},
+    measurements={"kl": lambda batch: batch.reference_kl(reference)},
 )
 trainer.train()
 print(trainer.objective.report())

@@ -5,8 +5,8 @@ from trl import DPOConfig, DPOTrainer
 prompts = ["is it red", "is it blue"]
 chosen = [" yes yes no no", " no no yes yes"]
 rejected = [" yes no yes no", " no yes no yes"]
-answers = [*chosen, *rejected, *[" maybe"] * 4]
-name = tiny_model([p + a for p, a in zip(prompts * 4, answers, strict=True)])  # or "HuggingFaceTB/SmolLM2-135M-Instruct"
+known = [*chosen, *rejected, *[" maybe"] * 4]  # what the small model answers before DPO
+name = tiny_model([p + a for p, a in zip(prompts * 4, known, strict=True)])  # or "HuggingFaceTB/SmolLM2-135M-Instruct"
 args = DPOConfig(
     output_dir="dpo",
     per_device_train_batch_size=8,

@@ -8,7 +8,8 @@ except ModuleNotFoundError as error:
         "pip install 'barrierlm[trl]'"
     ) from error
 
-from .losses import BarrierDPOTrainer, BarrierSFTTrainer, Batch, ConstrainedLoss, PreferenceBatch
+from .batch import Batch, PreferenceBatch
+from .losses import BarrierDPOTrainer, BarrierSFTTrainer, ConstrainedLoss
 from .rewards import BarrierGRPOTrainer, BarrierRLOOTrainer, ConstrainedRewards
 
 __all__ = [

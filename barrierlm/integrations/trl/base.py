@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from barrierlm import BarrierObjective, Constraint
 
@@ -17,7 +17,7 @@ from barrierlm import BarrierObjective, Constraint
 STATE_FILE = "barrierlm.pt"
 
 if TYPE_CHECKING:
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object  # a mixin: the trainer comes after it
 
@@ -79,9 +79,7 @@ class Commit(TrainerCallback):
 
 def make_objective(constraints: Sequence[Constraint] | BarrierObjective, what: str, given: Mapping) -> BarrierObjective:
     """The objective of the trainer, and whether what it measures, ``given`` as argument ``what``, fits."""
-    objective = constraints
-    if not isinstance(objective, BarrierObjective):
-        objective = BarrierObjective(None, constraints)
+    objective = constraints if isinstance(constraints, BarrierObjective) else BarrierObjective(None, constraints)
     if objective.loss_fn is not None or objective.multiplier != "committed":
         raise ValueError(
             f"constraints is a BarrierObjective with loss_fn={objective.loss_fn!r}, multiplier={objective.multiplier!r}"

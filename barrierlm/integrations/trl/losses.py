@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,59 +13,7 @@ from trl import DPOTrainer, SFTTrainer
 from barrierlm import BarrierObjective, Constraint
 
 from .base import Commit, ConstrainedTrainer, make_objective
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch, as a measurement of `BarrierSFTTrainer` sees it.
-
-    Args:
-        model: What the trainer calls, wrapped where it is (DDP); call it to measure something on other inputs.
-        inputs: The model's inputs, on its device: ``input_ids`` [n, T], ``labels`` [n, T], ...
-        outputs: Of the trainer's own pass, with gradient: ``log_probs`` (of the labels, in nats), ``entropy`` (in nats)
-            and ``label_mask``, all [n, T - 1]; 0 where the label is -100.
-        columns: The dataset columns that were asked for, by name: a tensor [n] of numbers, or a list.
-
-    Raises:
-        Nothing.
-
-    Example:
-        >>> def entropy(batch):  # a value [n] per sequence: the mean entropy of its tokens
-        ...     return batch.outputs.entropy.sum(1) / batch.outputs.label_mask.sum(1)
-    """
-
-    model: nn.Module
-    inputs: Mapping[str, Any]
-    outputs: Any
-    columns: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PreferenceBatch(Batch):
-    """A micro-batch of n pairs, as a measurement of `BarrierDPOTrainer` sees it.
-
-    Args:
-        model: See `Batch`.
-        inputs: See `Batch`; the n chosen, then the n rejected sequences.
-        outputs: See `Batch`; 2 n rows.
-        columns: See `Batch`.
-        chosen_logps: Log-probabilities [n] of the chosen responses, in nats, with gradient.
-        rejected_logps: Of the rejected ones.
-        ref_chosen_logps: Of the chosen ones under the reference, without gradient.
-        ref_rejected_logps: Of the rejected ones.
-
-    Raises:
-        Nothing.
-
-    Example:
-        >>> def chosen(batch):
-        ...     return batch.chosen_logps - batch.ref_chosen_logps
-    """
-
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    ref_chosen_logps: Tensor
-    ref_rejected_logps: Tensor
+from .batch import Batch, PreferenceBatch
 
 
 class _KeepColumns:
@@ -115,6 +62,8 @@ class ConstrainedLoss(ConstrainedTrainer):
 
     #: Rows of ``input_ids`` that make a sample.
     _rows_per_sample = 1
+
+    data_collator: Any
 
     def __init__(
         self,
