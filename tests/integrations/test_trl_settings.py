@@ -1,6 +1,8 @@
 """What the TRL trainers refuse, and costs and measurements that are missing, late or broken."""
 
 import asyncio
+import doctest
+import importlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,13 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_model import tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOTrainer
 
 from barrierlm import BarrierObjective, Constraint
 from barrierlm.integrations.trl import Batch, ConstrainedRewards
 
-from .trl_tools import IGNORED, length, make_config, make_trainer, words
+from .trl_tools import IGNORED, dataset, length, make_config, make_trainer, token_logps, words
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in IGNORED]
 
@@ -238,3 +240,66 @@ def test_reference_kl(model, tmp_path):
     torch.testing.assert_close(batch.reference_kl(reference), expected)
     assert batch.reference_kl().requires_grad
     assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+REFERENCES = [
+    {"columns": ["weight"]},
+    {"settings": {"precompute_ref_log_probs": True}},
+    {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"])},
+]
+
+
+@pytest.mark.parametrize("arguments", REFERENCES, ids=["model", "precomputed", "peft"])
+def test_dpo_references(arguments, model, tmp_path):
+    """Log-ratios against the starting model's, wherever TRL has its log-probabilities from."""
+    seen = []
+
+    def measured(batch):
+        seen.append(batch)
+        return batch.chosen_logps - batch.ref_chosen_logps
+
+    pairs = dataset("dpo", 16).add_column("weight", list(range(16)))
+    settings = {"learning_rate": 0.05} | arguments.pop("settings", {})
+    trainer = make_trainer(
+        "dpo", model, tmp_path, measurements={"chosen": measured}, train_dataset=pairs, settings=settings, **arguments
+    )
+    trainer.train()
+    start = AutoModelForCausalLM.from_pretrained(model)
+    for batch in seen:
+        inputs = batch.inputs
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        logps, _ = token_logps(start, inputs["input_ids"], inputs["attention_mask"], labels)
+        won, lost = logps.sum(1).detach().chunk(2)
+        torch.testing.assert_close(batch.ref_chosen_logps, won, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(batch.ref_rejected_logps, lost, rtol=1e-4, atol=1e-4)
+        assert not batch.ref_chosen_logps.requires_grad
+        assert batch.chosen_logps.requires_grad
+        assert ("weight" in batch.columns) == ("columns" in arguments)
+    assert (seen[-1].chosen_logps - seen[-1].ref_chosen_logps).detach().abs().mean() > 0.05
+
+
+def test_ld_alpha_with_precomputed_reference(model, tmp_path):
+    trainer = make_trainer("dpo", model, tmp_path, settings={"precompute_ref_log_probs": True, "ld_alpha": 0.5})
+    with pytest.raises(ValueError, match=r"ld_alpha=0.5 with precompute_ref_log_probs=True"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("how", ["path", "model"])
+def test_costs_may_be_reward_models(how, model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    judge = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    folder = tmp_path / "judge"
+    judge.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    cost = str(folder) if how == "path" else AutoModelForSequenceClassification.from_pretrained(folder)
+    trainer = make_trainer("grpo", model, tmp_path, costs={"length": cost}, settings={"max_steps": 2})
+    trainer.train()
+    logged = [entry["rewards/costs/length/mean"] for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.objective.report()[0].estimate == pytest.approx((0.9 * logged[0] + logged[1]) / 1.9, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["batch", "losses", "rewards"])
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(f"barrierlm.integrations.trl.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0

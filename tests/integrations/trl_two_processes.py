@@ -34,7 +34,7 @@ def main(kind, model, folder):
     rows = trainer._buffered_inputs if kind in ("grpo", "rloo") else window
     batches = [{k: v for k, v in batch.items() if torch.is_tensor(v)} for batch in rows]
     out = {"gradients": recorded.steps, "weights": weights, "batches": batches, "rewards": scored}
-    out["state"], out["report"] = trainer.objective.state_dict(), list(trainer.objective.report())[0].estimate
+    out["state"], out["report"] = trainer.objective.state_dict(), trainer.objective.report()[0].estimate
     out["tokens"] = [int(batch["completion_mask"].sum()) for batch in batches] if kind in ("grpo", "rloo") else []
     torch.save(out, Path(folder, f"{kind}-{dist.get_rank()}.pt"))
     dist.destroy_process_group()

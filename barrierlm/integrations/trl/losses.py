@@ -194,13 +194,34 @@ def _fused(outputs: Any) -> Any:
 
 
 class BarrierSFTTrainer(ConstrainedLoss, SFTTrainer):
-    """TRL's SFTTrainer with constraints; see `ConstrainedLoss` for the arguments that are new."""
+    """TRL's SFTTrainer with constraints.
+
+    Args:
+        args: As for SFTTrainer, as are ``kwargs``; ``constraints``, ``measurements`` (of a `Batch`),
+            ``num_samples`` and ``columns`` are those of `ConstrainedLoss`.
+
+    Raises:
+        ValueError: See `ConstrainedLoss`.
+
+    Example:
+        >>> issubclass(BarrierSFTTrainer, SFTTrainer)
+        True
+    """
 
 
 class BarrierDPOTrainer(ConstrainedLoss, DPOTrainer):
-    """TRL's DPOTrainer with constraints; see `ConstrainedLoss` for the arguments that are new.
+    """TRL's DPOTrainer with constraints.
 
-    Its measurements see a `PreferenceBatch`.
+    Args:
+        args: As for DPOTrainer, as are ``kwargs``; ``constraints``, ``measurements`` (of a `PreferenceBatch`),
+            ``num_samples`` and ``columns`` are those of `ConstrainedLoss`.
+
+    Raises:
+        ValueError: See `ConstrainedLoss`.
+
+    Example:
+        >>> issubclass(BarrierDPOTrainer, DPOTrainer)
+        True
     """
 
     _rows_per_sample = 2

@@ -175,8 +175,34 @@ class ConstrainedRewards(ConstrainedTrainer):
 
 
 class BarrierGRPOTrainer(ConstrainedRewards, GRPOTrainer):
-    """TRL's GRPOTrainer with constraints; see `ConstrainedRewards` for the two arguments that are new."""
+    """TRL's GRPOTrainer with constraints.
+
+    Args:
+        model: As for GRPOTrainer, as are ``reward_funcs``, ``args``, ``rest`` and ``kwargs``.
+        constraints: See `ConstrainedRewards`.
+        costs: See `ConstrainedRewards`.
+
+    Raises:
+        ValueError: See `ConstrainedRewards`.
+
+    Example:
+        >>> issubclass(BarrierGRPOTrainer, GRPOTrainer)
+        True
+    """
 
 
 class BarrierRLOOTrainer(ConstrainedRewards, RLOOTrainer):
-    """TRL's RLOOTrainer with constraints; see `ConstrainedRewards` for the two arguments that are new."""
+    """TRL's RLOOTrainer with constraints.
+
+    Args:
+        model: As for RLOOTrainer, as are ``reward_funcs``, ``args``, ``rest`` and ``kwargs``.
+        constraints: See `ConstrainedRewards`.
+        costs: See `ConstrainedRewards`.
+
+    Raises:
+        ValueError: See `ConstrainedRewards`.
+
+    Example:
+        >>> issubclass(BarrierRLOOTrainer, RLOOTrainer)
+        True
+    """
