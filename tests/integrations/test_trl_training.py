@@ -6,6 +6,7 @@ import runpy
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny_model import tiny_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer, RLOOTrainer
@@ -254,3 +255,19 @@ def test_objective_is_what_trl_would_have(kind, model, tmp_path):
     constrained.train()
     for a, b in zip(plain.model.parameters(), constrained.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_peft(kind, model, tmp_path):
+    """Adapters alone are trained, and saved; SFT's reference is the model without them."""
+    arguments = {"measurements": {"entropy": lambda batch: batch.reference_kl()}} if kind == "sft" else {}
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
+    settings = {"learning_rate": 0.05, "save_strategy": "steps", "save_steps": 4}
+    trainer = make_trainer(kind, model, tmp_path, peft_config=adapters, settings=settings, **arguments)
+    trainer.train()
+    assert trainer.objective.windows == 4
+    assert (tmp_path / "checkpoint-4" / "barrierlm.pt").exists()
+    if kind == "sft":
+        logged = [e["constraints/entropy/value"] for e in trainer.state.log_history if "loss" in e]
+        assert logged[0] == pytest.approx(0, abs=1e-6)
+        assert logged[-1] > 1e-4
