@@ -19,7 +19,8 @@ def check_call(
 ) -> None:
     """Everything about a call that shapes, names and types tell, before any state changes.
 
-    ``how`` is what a `Sampled` is for: "combine", "calibrate" (no gradient) or "linear" (which makes logps itself).
+    ``how`` is what a `Sampled` is for: "combine", "calibrate" and "measure" (no gradient) or "linear" (which makes
+    logps itself).
     """
     for argument, mapping in (("measurements", measurements), ("num_samples_in_window", num_samples)):
         if not isinstance(mapping, Mapping):

@@ -162,6 +162,15 @@ class BarrierObjective:
         """Number of windows committed by `step`."""
         return self._committed.windows
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The committed w_k by constraint name: what a unit of its value weighs in the loss, where the task weighs 1.
+
+        For what makes the gradients itself, as a trainer that takes weighted rewards (there the weight is -w_k); see
+        `measure`. 0 before anything was measured.
+        """
+        return dict(zip(self._committed.bounds.names, self._committed.weights.tolist(), strict=True))
+
     # ---- calling it ------------------------------------------------------------------------------------
 
     def __call__(
@@ -327,6 +336,29 @@ class BarrierObjective:
         terms = self._linear_terms(measured, expected, loss_divisor)
         rows = _rows(measured) | out.window_rows
         return self._finish(out.loss, terms, out.task_loss, view.penalty, rows, expected, separable=False)
+
+    def measure(self, measurements: Measurements) -> None:
+        """Take measurements into the open window without a loss: something else makes their gradient from `weights`.
+
+        Args:
+            measurements: As for `combine`; a `Sampled` leaves out ``logps``, a tensor needs no gradient. Where ranks
+                share a window, each measures its own samples, or one of them everybody's.
+
+        Raises:
+            TypeError, ValueError: As for `combine`.
+
+        Example:
+            >>> objective = BarrierObjective(None, [Constraint("length", upper=3.0)])
+            >>> for _ in range(2):
+            ...     objective.measure({"length": Sampled(torch.tensor([4.0, 6.0]))})
+            ...     objective.step()
+            >>> objective.weights["length"] > 0
+            True
+        """
+        with torch.no_grad():
+            self._check_call(measurements, {}, 1, how="measure")
+            measured = self._measure(measurements)
+        self._take({k: m.row for k, m in measured.items()}, {})
 
     def step(self) -> None:
         """Commit the window: reduce its sums over the ranks, update the estimates, set the next multipliers.
@@ -497,13 +529,7 @@ class BarrierObjective:
         for term in terms:
             constraint_loss = constraint_loss + term.to(loss.device)
         if torch.is_grad_enabled():
-            self._window.add(rows, expected)
-            if self.windows == 0 and self._window.calls == _CALLS_BEFORE_WARNING:
-                self._warn_once(
-                    "step",
-                    f"{self._window.calls} calls without objective.step(): nothing is committed and the multipliers "
-                    "stay as they are. Call objective.step() after each optimizer step.",
-                )
+            self._take(rows, expected)
         share: float | Tensor = 1.0
         if self.normalize:
             share = self._committed.view(loss.device).normalizer.to(loss.dtype)
@@ -513,6 +539,15 @@ class BarrierObjective:
         out._parts, out._share = (loss, constraint_loss) if separable else None, share
         out._committed_metrics = self.metrics
         return out
+
+    def _take(self, rows: dict[int, Tensor], expected: dict[int, int | Tensor]) -> None:
+        self._window.add(rows, expected)
+        if self.windows == 0 and self._window.calls == _CALLS_BEFORE_WARNING:
+            self._warn_once(
+                "step",
+                f"{self._window.calls} calls without objective.step(): nothing is committed and the multipliers "
+                "stay as they are. Call objective.step() after each optimizer step.",
+            )
 
     def _check_call(self, measurements: Any, num_samples: Any, loss_divisor: Any, *, how: str = "combine") -> None:
         check_call(self._committed.bounds.names, measurements, num_samples, loss_divisor, how=how)

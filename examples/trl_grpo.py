@@ -1,0 +1,42 @@
+from datasets import Dataset
+from tiny_model import tiny_model
+from trl import GRPOConfig
+
+from barrierlm import Constraint
+from barrierlm.integrations.trl import BarrierGRPOTrainer
+
+
+def quality(completions, **columns):
+    """Reward: the response's number of different words, over 8."""
+    return [len(set(text.split())) / 8 for text in completions]
+
+
+def length(completion_ids, **columns):
+    """Cost: tokens of the response, its end of sequence included."""
+    return [float(len(ids)) for ids in completion_ids]
+
+
+args = GRPOConfig(
+    output_dir="grpo",
+    per_device_train_batch_size=32,
+    num_generations=8,
+    max_completion_length=16,
+    beta=0.3,
+    learning_rate=5e-3,
+    max_steps=100,
+    logging_steps=10,
+    save_steps=50,
+    bf16=False,
+    report_to="none",
+    scale_rewards="none",
+)
+trainer = BarrierGRPOTrainer(
+    model=tiny_model(),  # or "HuggingFaceTB/SmolLM2-135M-Instruct"
+    reward_funcs=[quality],
+    constraints=[Constraint("length", upper=8)],
+    costs={"length": length},
+    args=args,
+    train_dataset=Dataset.from_dict({"prompt": ["say one", "say two", "is it red", "is it blue"] * 64}),
+)
+trainer.train()
+print(trainer.objective.report())
