@@ -1,8 +1,8 @@
 """transformers' Trainer with two constraints: one on a dataset column, one on the logits.
 
-A model is fine-tuned on common and rare texts. The rare ones must be learnt as well (an average over chosen rows), and
-its predictions must not become overconfident (an entropy). Runs as it stands, in seconds on a CPU and without a
-download. The lines marked `# barrierlm` are what constraints add to an ordinary script.
+Some of the texts that a model is fine-tuned on are private: it must not learn them by heart (their negative
+log-likelihood keeps a lower bound), and its predictions must not become overconfident (an entropy). Runs as it stands, in
+seconds on a CPU and without a download. The lines marked `# barrierlm` are what constraints add to an ordinary script.
 """
 
 import sys
@@ -19,9 +19,9 @@ tokenizer = ByT5Tokenizer()  # yours: AutoTokenizer.from_pretrained(...)
 model = LlamaForCausalLM(  # yours: AutoModelForCausalLM.from_pretrained(...)
     LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 )
-common = [f"the answer to {i} is {i + 1}" for i in range(248)]
-rare = ["Zebras sleep upright", "Who owns 3 fish?", "Owls hunt voles", "Yes, in July"] * 2
-dataset = [{**tokenizer(text), "rare": text in rare} for text in common + rare]
+public = [f"the answer to {i} is {i + 1}" for i in range(128)]
+private = [f"the code of room {i} is {7919 * i % 1000}" for i in range(32)]
+dataset = [{**tokenizer(text), "private": text in private} for text in public + private]
 
 
 def collate(rows):
@@ -31,8 +31,8 @@ def collate(rows):
 
 
 def measure(model, inputs, outputs):  # barrierlm
-    logits, labels, rare = outputs.logits, inputs["labels"], inputs["rare"]  # barrierlm
-    return {"rare": nll(logits, labels)[rare], "entropy": entropy(logits, labels)}  # barrierlm
+    private = nll(outputs.logits, inputs["labels"])[inputs["private"]]  # barrierlm
+    return {"private": private, "entropy": entropy(outputs.logits, inputs["labels"])}  # barrierlm
 
 
 args = TrainingArguments(
@@ -45,7 +45,7 @@ args = TrainingArguments(
     disable_tqdm=True,
     report_to="tensorboard",
 )
-constraints = [Constraint("rare", upper=0.5, scale=1.0), Constraint("entropy", lower=1.2, scale=1.0)]  # barrierlm
+constraints = [Constraint("private", lower=1.5, scale=1.0), Constraint("entropy", lower=1.2, scale=1.0)]  # barrierlm
 objective = BarrierObjective(None, constraints, estimator=EMA(0.3))  # barrierlm
 trainer = BarrierTrainer(  # barrierlm, instead of: trainer = Trainer(
     model,
@@ -54,16 +54,16 @@ trainer = BarrierTrainer(  # barrierlm, instead of: trainer = Trainer(
     data_collator=collate,
     objective=objective,  # barrierlm
     measure=measure,  # barrierlm
-    columns=["rare"],  # barrierlm
+    columns=["private"],  # barrierlm
 )
 trainer.train()
 print(objective.report())  # barrierlm
 
 model.eval()
 with torch.no_grad():
-    batch = collate([{k: v for k, v in row.items() if k != "rare"} for row in dataset])
+    batch = collate([{k: v for k, v in row.items() if k != "private"} for row in dataset])
     logits = model(**batch).logits
-    mask = torch.tensor([row["rare"] for row in dataset])
-    print(f"rare = {nll(logits, batch['labels'])[mask].mean():.3f}")
+    mask = torch.tensor([row["private"] for row in dataset])
+    print(f"private = {nll(logits, batch['labels'])[mask].mean():.3f}")
     print(f"entropy = {entropy(logits, batch['labels']).mean():.3f}")
     print(f"loss = {nll(logits, batch['labels']).mean():.3f}")
