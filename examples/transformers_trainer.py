@@ -10,7 +10,7 @@ import sys
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from barrierlm import EMA, BarrierObjective, Constraint  # barrierlm
+from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
 from barrierlm.integrations.logits import entropy, nll
 from barrierlm.integrations.transformers import BarrierTrainer  # barrierlm
 
@@ -46,7 +46,7 @@ args = TrainingArguments(
     report_to="tensorboard",
 )
 constraints = [Constraint("private", lower=1.5, scale=1.0), Constraint("entropy", lower=1.2, scale=1.0)]  # barrierlm
-objective = BarrierObjective(None, constraints, estimator=EMA(0.3))  # barrierlm
+objective = BarrierObjective(None, constraints, rule=RelaxedLogBarrier(), schedule=ConstantSchedule(0.05))  # barrierlm
 trainer = BarrierTrainer(  # barrierlm, instead of: trainer = Trainer(
     model,
     args,
