@@ -35,12 +35,12 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 objective = BarrierObjective(None, [Constraint("entropy", lower=1.2, scale=1.0)], estimator=EMA(0.3))  # barrierlm
 accelerator.register_for_checkpointing(objective)  # barrierlm
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # not the objective
-epoch, path = 0, Path(folder)
+done, path = 0, Path(folder)
 if (path / "epoch.txt").exists():  # resume
     accelerator.load_state(str(path / "state"))
-    epoch = int((path / "epoch.txt").read_text())
+    done = int((path / "epoch.txt").read_text())
 
-for epoch in range(epoch, 40):
+for epoch in range(done, 40):
     for batch in loader:
         with accelerator.accumulate(model):
             outputs = model(**batch)

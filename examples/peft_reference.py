@@ -1,7 +1,7 @@
 """PEFT: the KL to the starting model stays below a bound; the reference is the same model with its adapter off.
 
-Runs as it stands in seconds on a CPU: the start is a tiny model that has seen other texts. The lines marked `# barrierlm`
-are what constraints add.
+Runs as it stands in seconds on a CPU: the start is a tiny model that has seen other texts. The lines marked
+`# barrierlm` are what constraints add.
 """
 
 import sys
@@ -51,7 +51,7 @@ def measure(model, inputs, outputs):  # barrierlm
     return {"kl": kl(outputs.logits, reference_logits(model, inputs), inputs["labels"])}  # barrierlm
 
 
-limits = [Constraint("kl", upper=0.3, scale=0.3)]  # barrierlm
+limits = [Constraint("kl", upper=0.3, scale=0.1)]  # barrierlm
 objective = BarrierObjective(None, limits, rule=RelaxedLogBarrier(), schedule=ConstantSchedule(0.05))  # barrierlm
 trainer = BarrierTrainer(  # barrierlm, instead of: trainer = Trainer(
     model,

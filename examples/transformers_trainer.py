@@ -1,14 +1,14 @@
 """transformers' Trainer with two constraints: one on a dataset column, one on the logits.
 
 Some of the texts that a model is fine-tuned on are private: it must not learn them by heart (their negative
-log-likelihood keeps a lower bound), and its predictions must not become overconfident (an entropy). Runs as it stands, in
-seconds on a CPU and without a download. The lines marked `# barrierlm` are what constraints add to an ordinary script.
+log-likelihood keeps a lower bound), and its predictions must not become overconfident (an entropy). Runs as it stands,
+in seconds on a CPU and without a download. The lines marked `# barrierlm` are what constraints add.
 """
 
 import sys
 
 import torch
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
 from barrierlm.integrations.logits import entropy, nll
@@ -47,7 +47,7 @@ args = TrainingArguments(
 )
 constraints = [Constraint("private", lower=1.5, scale=1.0), Constraint("entropy", lower=1.2, scale=1.0)]  # barrierlm
 objective = BarrierObjective(None, constraints, rule=RelaxedLogBarrier(), schedule=ConstantSchedule(0.05))  # barrierlm
-trainer = BarrierTrainer(  # barrierlm, instead of: trainer = Trainer(
+trainer = BarrierTrainer(  # barrierlm, instead of: trainer = transformers.Trainer(
     model,
     args,
     train_dataset=dataset,
