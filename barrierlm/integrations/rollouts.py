@@ -62,7 +62,8 @@ class Rollouts:
 
     Example:
         >>> from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=384, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=384, **sizes))
         >>> rollouts = Rollouts(ByT5Tokenizer(), {"length": "length"}, max_new_tokens=4)
         >>> batch = {"input_ids": torch.tensor([[75, 76, 1]]), "labels": torch.tensor([[-100, -100, 1]])}
         >>> len(rollouts(model, batch)["length"])

@@ -262,7 +262,7 @@ def test_padded_responses_count_through_their_end():
 
 @pytest.mark.parametrize("bound", [-9.0, 0.5])
 def test_rollouts_in_the_trainer_change_the_policy(tmp_path, bound):
-    """The task knows ASCII alone; half of the sampled bytes must be others. A bound of -9 shows what happens without."""
+    """The task knows ASCII alone; half of the sampled bytes must be others. -9 is no bound."""
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight.mul_(0)  # every token is as likely: two thirds are beyond ASCII
