@@ -26,7 +26,9 @@ def unconstrained(name: str) -> str:
         elif mark[3]:
             lines.append(mark[1] + mark[3])
     text = "\n".join(lines)
-    assert not re.search(r"objective|Barrier(Objective|Callback|Trainer)|Constraint\(", text), "an unmarked line"
+    assert not re.search(r"\bobjective\s*[.=,)]|Barrier(Objective|Callback|Trainer)|Constraint\(", text), (
+        "an unmarked line"
+    )
     return text
 
 
