@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from barrierlm import Sampled
+from barrierlm.integrations.costs import CostFunction, call_cost
 
 from .config import ConfigError
 from .extras import missing_extra
 from .model import Policy, Sequences, lay_out
 from .options import ConstraintOptions
 from .rollout import Rollout
-
-#: TRL's signature of a reward function.
-CostFunction = Callable[..., Sequence[float]]
 
 
 class Cost(ABC):
@@ -66,9 +64,6 @@ class FunctionCost(Cost):
 
     def __init__(self, function: CostFunction, name: str) -> None:
         self.function, self.name = function, name
-        parameters = inspect.signature(function).parameters.values()
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._names = {p.name for p in parameters}
 
     def measure(
         self, rollouts: Sequence[Rollout], sequences: Sequences, policy: Policy, groups: Tensor | None = None
@@ -91,25 +86,7 @@ class FunctionCost(Cost):
             "completions": [r.text for r in rollouts],
             "completion_ids": [r.ids for r in rollouts],
         }
-        if not self._takes_all:
-            arguments = {name: value for name, value in arguments.items() if name in self._names}
-        values = self.function(**arguments)
-        if isinstance(values, Tensor):
-            values = values.tolist()
-        try:
-            floats = [float(value) for value in values]
-        except (TypeError, ValueError):
-            raise TypeError(f"cost {self.name} returned {_brief(values)}; allowed: a list of floats") from None
-        if len(floats) != len(rollouts):
-            raise ValueError(
-                f"cost {self.name} returned {len(floats)} values for {len(rollouts)} responses; allowed: one each"
-            )
-        return floats
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        return call_cost(self.function, self.name, arguments, len(rollouts))
 
 
 def sentiment_cost() -> CostFunction:

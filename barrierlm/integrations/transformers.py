@@ -1,0 +1,288 @@
+"""transformers' Trainer with constraints: `BarrierTrainer`, and the mixin that makes one of any subclass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from barrierlm import BarrierObjective, Sampled
+from barrierlm.distributed import sum_over_ranks
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "barrierlm.integrations.transformers needs the package 'transformers', which is not installed; get it with: "
+        "pip install 'barrierlm[transformers]'"
+    ) from error
+
+if TYPE_CHECKING:
+
+    class _Base(Trainer):
+        """What the mixin's `super()` is, for the type checker."""
+
+        data_collator: Any
+else:
+    _Base = object
+
+#: ``(model, inputs, outputs) -> measurements by constraint name``.
+Measure = Callable[[Any, Mapping[str, Any], Any], Mapping[str, Tensor | Sampled]]
+
+#: The objective's file in a checkpoint folder.
+STATE_FILE = "objective.pt"
+
+
+class BarrierMixin(_Base):
+    """Adds constraints to a Trainer class: ``class MyTrainer(BarrierMixin, Trainer)``. See `BarrierTrainer`."""
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: BarrierObjective,
+        measure: Measure,
+        columns: Sequence[str] = (),
+        num_samples: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(objective, BarrierObjective):
+            raise TypeError(f"objective is a {type(objective).__name__}; allowed: a BarrierObjective")
+        for argument, function in (("measure", measure), ("num_samples", num_samples)):
+            if not callable(function) and (argument == "measure" or function is not None):
+                raise TypeError(f"{argument} is a {type(function).__name__}; allowed: a function")
+        if isinstance(columns, str):
+            raise TypeError(f"columns={columns!r}; allowed: a list of column names")
+        self.objective, self.measure = objective, measure
+        self.columns, self.num_samples = tuple(columns), num_samples
+        self._window_counts: dict[str, int] = {}
+        self._rows_in_window: int | None = None
+        self._one_per_row = dict.fromkeys((c.name for c in objective.constraints), True)
+        self._task_sum, self._task_windows = 0.0, 0
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel); allowed: one process per GPU, started with "
+                "torchrun or accelerate launch"
+            )
+        if self.columns:
+            self.data_collator = _CollateColumns(self.data_collator, self.columns)
+        self.add_callback(_Commit(self))
+
+    # ---- what a batch is -------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self.columns if name not in self._signature_columns]
+
+    def _for_model(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in self.columns}
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The window's micro-batches, as the Trainer's; counts their samples over all processes."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        rows = [_rows(batch) for batch in batches]
+        given = [dict(self.num_samples(batch)) if self.num_samples else {} for batch in batches]
+        names = list(given[0]) if given else []
+        counts = [float(all(n is not None for n in rows)), float(sum(n or 0 for n in rows))]
+        counts += [float(sum(batch[name] for batch in given)) for name in names]
+        ranks = self.args.world_size
+        known, total, *own = sum_over_ranks(torch.tensor(counts, dtype=torch.float64), self.objective.process_group)
+        self._rows_in_window = int(total) if int(known) == ranks else None
+        self._window_counts = {name: int(n) for name, n in zip(names, own, strict=True)}
+        return batches, num_items
+
+    # ---- the loss --------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The Trainer's own loss, in training with the constraints added; see `Trainer.compute_loss`."""
+        kwargs["num_items_in_batch"] = num_items_in_batch
+        if not torch.is_grad_enabled():  # evaluation: nothing is measured, and eval_loss stays the task's
+            return super().compute_loss(model, self._for_model(inputs), return_outputs, **kwargs)
+        missing = [name for name in self.columns if name not in inputs]
+        if missing:
+            raise ValueError(f"columns={list(self.columns)}, but the dataset has no {missing[0]!r}")
+        task_loss, outputs = super().compute_loss(model, self._for_model(inputs), return_outputs=True, **kwargs)
+        measurements = self.measure(model, inputs, outputs)
+        # The window has k micro-batches. training_step divides the loss by k, unless it takes it to be scaled
+        # already; what is combined is always a loss that is still to be divided by k.
+        k = self.current_gradient_accumulation_steps
+        factor = k if self._is_scaled(num_items_in_batch) else 1
+        out = self.objective.combine(
+            task_loss * factor,
+            measurements,
+            num_samples_in_window=self._expected(measurements, _rows(inputs)),
+            loss_divisor=k,
+        )
+        self._task_sum = self._task_sum + out.task_loss / k
+        loss = out.loss / factor
+        return (loss, outputs) if return_outputs else loss
+
+    def _is_scaled(self, num_items_in_batch: Any) -> bool:
+        """Whether training_step leaves the loss as it is; says what `Trainer.training_step` says."""
+        own = getattr(self, "loss_is_scaled_for_ga", None)
+        if own is not None:
+            return bool(own)
+        return bool((self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func)
+
+    def _expected(self, measurements: Mapping[str, Any], rows: int | None) -> dict[str, int]:
+        """``num_samples_in_window``: what ``num_samples`` said, and the rows for what is measured once per row."""
+        expected = {name: n for name, n in self._window_counts.items() if name in measurements}
+        for name, value in measurements.items():
+            if name in expected or name not in self._one_per_row:
+                continue
+            one_each = isinstance(value, Sampled | Tensor) and _size(value) == rows
+            self._one_per_row[name] &= one_each and self._rows_in_window is not None
+            if self._one_per_row[name] and self._rows_in_window is not None:
+                expected[name] = self._rows_in_window
+        return expected
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, without the columns that only constraints read."""
+        return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
+
+    # ---- logs and checkpoints --------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the objective's metrics, and ``loss/task``, to the logs of training."""
+        if "loss" in logs and self._task_windows:
+            # Not filtered by logging_nan_inf_filter: a task loss that is not finite shows here.
+            task = torch.as_tensor(self._task_sum, dtype=torch.float64).reshape(1) / self._task_windows
+            logs |= {"loss/task": float(sum_over_ranks(task, self.objective.process_group)) / self.args.world_size}
+            logs |= self.objective.metrics() | getattr(self.measure, "metrics", dict)()
+            self._task_sum, self._task_windows = 0.0, 0
+        super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            _write(self.objective.state_dict(), Path(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        file = Path(checkpoint, STATE_FILE)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: the checkpoint is of a run without these constraints, or with save_only_model; allowed: one "
+                "that this trainer saved (for a new run load the weights with from_pretrained)"
+            )
+        self.objective.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+
+class BarrierTrainer(BarrierMixin, Trainer):
+    """transformers' Trainer that keeps averages within bounds.
+
+    Takes the Trainer's arguments, and the four below. The loss is the Trainer's own (the model's, a
+    ``compute_loss_func``, label smoothing) plus the constraints; one window is one optimizer step, right under gradient
+    accumulation, short last windows and several processes. Skipped fp16 steps are forgotten, evaluation changes
+    nothing, the objective's state lies in each checkpoint (``objective.pt``) and comes back with
+    ``resume_from_checkpoint``, and its metrics are in the Trainer's logs.
+
+    Args:
+        args: All positional arguments are the Trainer's, as are further keywords.
+        objective: With ``loss_fn=None``: the Trainer computes the loss.
+        measure: ``(model, inputs, outputs) -> measurements``, called on every micro-batch of training after the
+            forward pass: the wrapped model, the batch with its ``columns``, and what the model returned. For
+            responses sampled in the loop give a `barrierlm.integrations.rollouts.Rollouts`.
+        columns: Dataset columns that ``measure`` reads. They are kept by ``remove_unused_columns``, collated apart from
+            the others (numbers to tensors [B], equal shapes stacked, the rest as lists) and never shown to the model.
+        num_samples: ``(batch) -> {name: number of samples}`` that a micro-batch will give, for constraints that are not
+            measured once per row. Makes their means exact when micro-batches differ; without it they count equally.
+
+    Raises:
+        TypeError: An argument of the wrong kind.
+        ValueError: Several GPUs in one process.
+
+    Example:
+        >>> from barrierlm.integrations.logits import entropy
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> trainer = BarrierTrainer(
+        ...     LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)),
+        ...     TrainingArguments("runs", max_steps=2, report_to="none", disable_tqdm=True, save_strategy="no"),
+        ...     train_dataset=[{"input_ids": torch.arange(6), "labels": torch.arange(6)}] * 8,
+        ...     objective=BarrierObjective(None, [Constraint("entropy", lower=2.0)]),
+        ...     measure=lambda model, inputs, outputs: {"entropy": entropy(outputs.logits, inputs["labels"])},
+        ... )
+        >>> result = trainer.train()
+        >>> trainer.objective.report()[0].verdict
+        'met'
+
+    Source: transformers' Trainer, whose ``compute_loss`` and checkpoint hooks it extends.
+    """
+
+
+class _CollateColumns:
+    """A collator that sees only what it knows, with the columns put beside its batch."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any], columns: tuple[str, ...]) -> None:
+        self.collator, self.columns = collator, columns
+
+    def __call__(self, features: list[Mapping[str, Any]]) -> Any:
+        batch = self.collator([{k: v for k, v in row.items() if k not in self.columns} for row in features])
+        for name in self.columns:
+            if all(name in row for row in features):  # an evaluation set may do without
+                batch[name] = _stack([row[name] for row in features])
+        return batch
+
+
+def _stack(values: list[Any]) -> Any:
+    if all(isinstance(value, bool | int | float) for value in values):
+        return torch.tensor(values)
+    if all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values):
+        return torch.stack(values)
+    return values
+
+
+def _rows(batch: Mapping[str, Any]) -> int | None:
+    """Number of rows of a batch; None where one row packs several sequences."""
+    first = next((value for value in batch.values() if isinstance(value, Tensor) and value.dim()), None)
+    packed = (
+        "cu_seq_lens_q" in batch or "seq_idx" in batch or ("position_ids" in batch and "attention_mask" not in batch)
+    )
+    return None if first is None or packed else first.shape[0]
+
+
+def _size(measurement: Tensor | Sampled) -> int | None:
+    """Number of samples; None for a value without sampling noise."""
+    return len(measurement) if isinstance(measurement, Sampled) or measurement.dim() else None
+
+
+class _Commit(TrainerCallback):
+    """Commits a window after every optimizer step that was taken."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_hyper_param_search:
+            raise RuntimeError("hyperparameter search with constraints; allowed: a new trainer and objective per trial")
+        self.trainer.objective.discard_window()  # of a run that was interrupted
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.objective.discard_window()
+        else:
+            self.trainer.objective.step()
+        self.trainer._task_windows += 1
+
+
+def _write(state: Any, path: Path) -> None:
+    """Write under another name, wait for the disk, rename: the file is there whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)

@@ -1,0 +1,46 @@
+"""torch.compile with constraints: model and measurements are compiled, the objective runs between the graphs.
+
+Runs as it stands on a CPU with a C++ compiler. The lines marked `# barrierlm` are what constraints add.
+"""
+
+import os
+
+import torch
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from barrierlm import EMA, BarrierObjective, Constraint  # barrierlm
+from barrierlm.integrations.logits import entropy
+
+torch.manual_seed(0)
+tokenizer = ByT5Tokenizer()  # yours: AutoTokenizer.from_pretrained(...)
+model = LlamaForCausalLM(  # yours: AutoModelForCausalLM.from_pretrained(...)
+    LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+)
+texts = [f"the answer to {i} is {i + 1}" for i in range(100, 228)]
+ids = tokenizer(texts, return_tensors="pt")["input_ids"]
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+objective = BarrierObjective(None, [Constraint("entropy", lower=1.2, scale=1.0)], estimator=EMA(0.3))  # barrierlm
+combine = torch.compiler.disable(objective.combine)  # barrierlm
+
+
+@torch.compile(backend=os.environ.get("BACKEND", "inductor"))
+def loss_of(batch):
+    outputs = model(input_ids=batch, labels=batch)
+    loss = outputs.loss
+    measurements = {"entropy": entropy(outputs.logits, batch)}  # barrierlm
+    loss = combine(loss, measurements).loss  # barrierlm
+    return loss
+
+
+for _ in range(20):
+    for batch in ids[torch.randperm(128)].split(16):
+        loss_of(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.step()  # barrierlm
+
+model.eval()
+with torch.no_grad():
+    outputs = model(input_ids=ids, labels=ids)
+    print(f"entropy = {entropy(outputs.logits, ids).mean():.3f}")
+    print(f"loss = {outputs.loss:.3f}")
