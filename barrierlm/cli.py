@@ -14,8 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; default: those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the options, the data or the name of a cost function, told in
-        one line. What goes wrong inside a cost function keeps its traceback.
+        The exit status: 0; 2 for a mistake in the options, the data or the name of a cost function, and 1 for a file
+        that cannot be written, told in one line. What goes wrong inside a cost function keeps its traceback.
     """
     parser = _parser()
     # Options may stand before, between and after the overrides.
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.overrides = [*arguments.overrides, *rest]
     try:
         from barrierlm.recipes.config import ConfigError, load_options
+        from barrierlm.recipes.files import StorageError
     except ModuleNotFoundError as error:
         parser.exit(2, f"barrierlm: {error}; get the recipe's packages with: pip install 'barrierlm[recipes]'\n")
     overrides = list(arguments.overrides)
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ModuleNotFoundError) as error:
         print(f"barrierlm: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"barrierlm: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

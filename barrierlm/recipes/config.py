@@ -62,7 +62,7 @@ def load_options(path: str | Path | None = None, overrides: Sequence[str] = ()) 
         merged = OmegaConf.merge(merged, given)
     options = OmegaConf.to_object(merged)
     assert isinstance(options, Options)
-    for key, spec, value in _leaves(options):
+    for key, spec, value in leaves(options):
         _check_range(key, spec.metadata, value)
     for name, constraint in options.constraints.items():
         _check_constraint(options, name, constraint)
@@ -165,14 +165,15 @@ def _check_types(given: DictConfig, schema: Any) -> None:
         raise ConfigError(f"{key}={value!r}: {first}; allowed: see the option table") from None
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Key, field and value of every option."""
     for spec in fields(node):
         value, key = getattr(node, spec.name), prefix + spec.name
         if is_dataclass(value):
-            yield from _leaves(value, key + ".")
+            yield from leaves(value, key + ".")
         elif spec.name == "constraints":
             for name, constraint in value.items():
-                yield from _leaves(constraint, f"{key}.{name}.")
+                yield from leaves(constraint, f"{key}.{name}.")
         else:
             yield key, spec, value
 

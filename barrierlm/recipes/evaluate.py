@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .costs import measure_rollouts, per_response
+from .files import replacing
 from .model import lay_out
 from .rollout import Rollout
 from .workspace import Workspace
@@ -127,12 +128,13 @@ def _result(values: list[float], lower: float | None, upper: float | None, censo
 def write_summary(folder: Path, evaluations: Mapping[str, Evaluation]) -> None:
     """Write ``summary.json``, and the sample responses to ``samples.jsonl``."""
     summary = {"runs": {name: evaluation.summary() for name, evaluation in evaluations.items()}}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+    with replacing(folder / "summary.json") as file:
+        file.write((json.dumps(summary, indent=2) + "\n").encode())
+    with replacing(folder / "samples.jsonl") as file:
         for name, evaluation in evaluations.items():
             for prompt, response in evaluation.samples:
                 row = {"run": name, "prompt": prompt, "response": response}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def print_evaluations(console: Console, evaluations: Mapping[str, Evaluation]) -> None:
