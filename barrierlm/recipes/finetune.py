@@ -27,6 +27,7 @@ from .microbatch import collect, one_pass, rollout_metrics, window_counts
 from .model import save_model
 from .options import OptimOptions, Options
 from .progress import MetricsFile, ProgressBar
+from .random_state import seed_generators
 from .workspace import Workspace, build_objective, open_workspace
 
 
@@ -99,7 +100,7 @@ def train(
     betas = (options.optim.momentum, 0.999)
     optimizer = torch.optim.AdamW(weights, lr=1.0, betas=betas, weight_decay=options.optim.weight_decay)
     model, optimizer = accelerator.prepare(workspace.policy, optimizer)
-    torch.manual_seed(options.seed * 1_000_003 + accelerator.process_index)
+    seed_generators(options.seed * 1_000_003 + accelerator.process_index)
     say = partial(workspace.console.print, markup=False, highlight=False, soft_wrap=True)
     run = same_run(options, workspace.train, accelerator.num_processes)
     checkpoints = Checkpoints(

@@ -9,6 +9,13 @@ import numpy as np
 import torch
 
 
+def seed_generators(seed: int) -> None:
+    """Seed them all: a cost function may draw from any."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
 def random_state() -> dict[str, Any]:
     """Of this process: of torch, and of Python and NumPy for cost functions that draw; plain values and tensors."""
     numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global state, which users draw from

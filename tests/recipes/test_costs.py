@@ -12,7 +12,7 @@ from barrierlm.recipes.model import lay_out
 from barrierlm.recipes.options import ConstraintOptions
 from barrierlm.recipes.rollout import Rollout
 
-from .conftest import make_tokenizer
+from .tiny import make_tokenizer
 
 
 def rollout(text: str, ids: list[int], **columns: object) -> Rollout:
