@@ -15,6 +15,7 @@ from .constraints import Bounds
 from .diagnostics import BoundState, FeasibilityWatch, Report, verdict, verdict_tolerance
 from .estimators import EMA, Column, Scales, wide_dtype
 from .positions import PositionBaseline
+from .saved import saved_count, saved_tensor
 from .schedules import Schedule
 
 
@@ -136,17 +137,18 @@ class Committed:
         if missing:
             raise ValueError(f"state lacks {min(missing)!r}; allowed: a state made by state_dict()")
         for key, own in (("constraints", self.bounds.fingerprint()), ("methods", self._methods())):
-            saved = [list(item) if isinstance(item, tuple) else item for item in state[key]]
+            entry = state[key]
+            saved = [list(item) if isinstance(item, tuple) else item for item in entry] if isinstance(entry, list) else entry
             if saved != own:
                 raise ValueError(f"state was saved for {key} {saved}; allowed: this objective's {own}")
         with self._undo_on_error():
             for name, part in self._parts().items():
                 try:
                     part.load_state_dict(state[name])
-                except KeyError as error:
-                    raise ValueError(f"state of the {name} lacks {error}; allowed: one of this version") from error
-            self.windows = int(state["windows"])
-            self.nonfinite = state["nonfinite"].detach().cpu().clone()
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    raise ValueError(f"state of the {name} does not fit: {error}") from error
+            self.windows = saved_count(state, "windows")
+            self.nonfinite = saved_tensor(state, "nonfinite", [self.nonfinite.shape], low=0.0)
             self.baselines = self.positions.table()
             self._refresh(*self._read())
 

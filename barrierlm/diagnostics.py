@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .saved import saved_tensor
+
 
 class BoundState(NamedTuple):
     """One bound as the last committed window left it.
@@ -104,8 +106,9 @@ class FeasibilityWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        for name in ("best", "stuck", "violated"):
-            setattr(self, name, state[name].detach().cpu().clone())
+        self.best = saved_tensor(state, "best", [()], allow=[torch.inf])
+        self.stuck = saved_tensor(state, "stuck", [()], low=0.0)
+        self.violated = saved_tensor(state, "violated", [self.violated.shape], low=0.0)
 
 
 def verdict_tolerance(stderr: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .constraints import Bounds
+from .saved import saved_tensor
 
 #: Position buckets of per-token costs: exact below 64, then eight per octave up to 16,384.
 NUM_POSITIONS = 128
@@ -173,7 +174,11 @@ class EMA:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self._sums = {key: state[key].detach().cpu().double().clone() for key in self._sums}
+        signed = ("mean", "spread")
+        self._sums = {
+            key: saved_tensor(state, key, [own.shape], low=-math.inf if key in signed else 0.0)
+            for key, own in self._sums.items()
+        }
 
 
 class BatchMean(EMA):
@@ -226,5 +231,5 @@ class Scales:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.value = state["value"].detach().cpu().clone()
-        self._sums = state["sums"].detach().cpu().clone()
+        value = saved_tensor(state, "value", [self.value.shape], allow=[math.nan], low=5e-324)
+        self.value, self._sums = value, saved_tensor(state, "sums", [self._sums.shape])

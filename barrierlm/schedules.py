@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .barriers import Readings
+from .saved import saved_count, saved_number, saved_tensor
 
 
 def _positive(argument: str, value: float) -> float:
@@ -107,7 +108,7 @@ class ExponentialSchedule(Schedule):
         return {"ticks": self.ticks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ticks = int(state["ticks"])
+        self.ticks = saved_count(state, "ticks")
 
 
 class AdaptiveSchedule(Schedule):
@@ -180,5 +181,11 @@ class AdaptiveSchedule(Schedule):
         return {"mu": self._mu} | {name: value.clone() for name, value in self._state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._mu = float(state["mu"])
-        self._state = {name: state[name].detach().cpu().clone() for name in self._state}
+        mu = float(saved_number(state, "mu", low=5e-324))
+        # Empty before the first tick; how many bounds there are is the objective's to say.
+        shape = getattr(state.get("z"), "shape", ())
+        self._state = {
+            name: saved_tensor(state, name, [shape[:1]], allow=[math.nan] if name == "z" else [math.inf])
+            for name in self._state
+        }
+        self._mu = mu

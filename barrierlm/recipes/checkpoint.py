@@ -17,7 +17,7 @@ from barrierlm import BarrierObjective
 
 from .best import BestWeights
 from .config import ConfigError
-from .files import StorageError, make_folder, replacing, sync_folder
+from .files import StorageError, make_folder, replacing, storage_errors, sync_folder
 from .random_state import random_state, set_random_state
 
 _KEEP = 2
@@ -84,11 +84,12 @@ class Checkpoints:
                     torch.save(state, file)
                 except RuntimeError as error:  # what torch makes of a failing write
                     raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-            for old in self._steps()[:-_KEEP]:
-                self._path(old).unlink()
-            sync_folder(self.folder)
+            with storage_errors(self.folder):
+                for old in self._steps()[:-_KEEP]:
+                    self._path(old).unlink()
+                sync_folder(self.folder)
         except StorageError as error:
-            whole = [self._path(other).name for other in self._steps() if other < step]
+            whole = [self._path(other).name for other in self._steps() if other <= step]
             left = f"; {whole[-1]} is whole: make room and continue with resume=true" if whole else ""
             raise StorageError(f"{error}{left}") from error
 

@@ -150,6 +150,17 @@ def trial(folder: Path, name: str, expected: dict[str, Any], *, after: float | N
     return counts + Counter({"bit-equal": 1})
 
 
+def summary(where: str, counts: Counter[str]) -> bool:
+    """Print them; whether something went wrong."""
+    print(
+        f"killed {where}: {counts['kills']} ({counts['before the first checkpoint']} before the first checkpoint, "
+        f"{counts['with a file half-written']} with a file half-written); resumed bit-equal: "
+        f"{counts['bit-equal']}, lost: {counts['lost']}, corrupt: {counts['corrupt']}",
+        flush=True,
+    )
+    return bool(counts["lost"] or counts["corrupt"]) or counts["bit-equal"] != counts["kills"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the counts; 0 if nothing was lost and nothing corrupt."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -172,26 +183,17 @@ def main(argv: list[str] | None = None) -> int:
         assert len(expected["metrics"]) == STEPS
         assert equal(result(folder / "traced"), expected), "two uninterrupted runs differ"
         operations = names.read_text().split()
-        print(f"uninterrupted run: {seconds:.1f} s, {STEPS} checkpoints, {len(operations)} file operations")
-        totals = []
+        print(f"uninterrupted run: {seconds:.1f} s, {STEPS} checkpoints, {len(operations)} file operations", flush=True)
         counts: Counter[str] = Counter()
         while counts["kills"] < arguments.kills:
             moment = generator.uniform(0, seconds)
             counts += trial(folder, f"moment-{sum(counts.values())}", expected, after=moment, at=None)
-        totals.append(("at random moments", counts))
+        failed = summary("at random moments", counts)
         if arguments.operations:
             counts = Counter()
             for i in range(len(operations)):
                 counts += trial(folder, f"operation-{i}", expected, after=None, at=i)
-            totals.append(("before file operations", counts))
-    failed = False
-    for where, counts in totals:
-        failed |= bool(counts["lost"] or counts["corrupt"]) or counts["bit-equal"] != counts["kills"]
-        print(
-            f"killed {where}: {counts['kills']} ({counts['before the first checkpoint']} before the first checkpoint, "
-            f"{counts['with a file half-written']} with a file half-written); resumed bit-equal: "
-            f"{counts['bit-equal']}, lost: {counts['lost']}, corrupt: {counts['corrupt']}"
-        )
+            failed |= summary("before file operations", counts)
     return int(failed)
 
 
