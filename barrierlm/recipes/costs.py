@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from barrierlm import Sampled
 
+from .attempts import Attempts, CostError
 from .config import ConfigError
 from .extras import missing_extra
 from .model import Policy, Sequences, lay_out
-from .options import ConstraintOptions
+from .options import ConstraintOptions, CostOptions
 from .rollout import Rollout
 
 #: TRL's signature of a reward function.
@@ -62,10 +64,13 @@ class FunctionCost(Cost):
         function: ``(prompts, completions, completion_ids, **columns) -> list of floats``; it is given those of
             these arguments that it names, or all if it takes ``**kwargs``.
         name: For error messages.
+        options: What is done when it fails.
     """
 
-    def __init__(self, function: CostFunction, name: str) -> None:
+    def __init__(self, function: CostFunction, name: str, options: CostOptions | None = None) -> None:
         self.function, self.name = function, name
+        self.options = options or CostOptions()
+        self._attempts = Attempts(name, self.options)
         parameters = inspect.signature(function).parameters.values()
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._names = {p.name for p in parameters}
@@ -78,7 +83,12 @@ class FunctionCost(Cost):
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Call the function and check what it returns.
 
+        Returns:
+            A number per response; where it failed or gave none, and ``on_error`` is "skip", NaN: the objective leaves
+            the constraint's window out, on all ranks alike.
+
         Raises:
+            CostError: It failed, or gave a NaN, an infinity or None, and ``on_error`` is "stop".
             TypeError: Not a sequence of numbers.
             ValueError: Not one number per response.
         """
@@ -93,16 +103,26 @@ class FunctionCost(Cost):
         }
         if not self._takes_all:
             arguments = {name: value for name, value in arguments.items() if name in self._names}
-        values = self.function(**arguments)
+        answer = self._attempts(lambda: (self.function(**arguments),))
+        if answer is None:
+            return [math.nan] * len(rollouts)
+        (values,) = answer
         if isinstance(values, Tensor):
             values = values.tolist()
         try:
-            floats = [float(value) for value in values]
+            floats = [math.nan if value is None else float(value) for value in values]
         except (TypeError, ValueError):
             raise TypeError(f"cost {self.name} returned {_brief(values)}; allowed: a list of floats") from None
         if len(floats) != len(rollouts):
             raise ValueError(
                 f"cost {self.name} returned {len(floats)} values for {len(rollouts)} responses; allowed: one each"
+            )
+        bad = [i for i, value in enumerate(floats) if not math.isfinite(value)]
+        if bad and self.options.on_error == "stop":
+            raise CostError(
+                f"cost {self.name} gave {values[bad[0]]} for response {bad[0]} of {len(floats)}, "
+                f"{_brief(rollouts[bad[0]].text)}; allowed: a finite number, or costs.on_error=skip, which leaves that "
+                "constraint's window out"
             )
         return floats
 
@@ -220,11 +240,17 @@ def imported_costs(constraints: Mapping[str, ConstraintOptions]) -> list[str]:
     return [cost for cost in costs if ":" in cost and not cost.startswith("reward_model:")]
 
 
-def load_costs(constraints: Mapping[str, ConstraintOptions], *, device: torch.device | str = "cpu") -> dict[str, Cost]:
+def load_costs(
+    constraints: Mapping[str, ConstraintOptions],
+    options: CostOptions | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, Cost]:
     """The cost of every constraint, by its name.
 
     Args:
         constraints: As in the options; costs are checked names or paths.
+        options: What is done when a cost function fails.
         device: Where reward models run.
 
     Raises:
@@ -239,14 +265,14 @@ def load_costs(constraints: Mapping[str, ConstraintOptions], *, device: torch.de
         elif what == "kl":
             costs[name] = KLCost()
         elif what == "sentiment":
-            costs[name] = FunctionCost(sentiment_cost(), what)
+            costs[name] = FunctionCost(sentiment_cost(), what, options)
         elif what == "profanity":
-            costs[name] = FunctionCost(profanity_cost(), what)
+            costs[name] = FunctionCost(profanity_cost(), what, options)
         elif what.startswith("reward_model:"):
             reward = reward_model_cost(what.removeprefix("reward_model:"), device=device)
-            costs[name] = FunctionCost(reward, what)
+            costs[name] = FunctionCost(reward, what, options)
         else:
-            costs[name] = FunctionCost(import_function(what), what)
+            costs[name] = FunctionCost(import_function(what), what, options)
     return costs
 
 

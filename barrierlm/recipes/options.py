@@ -66,6 +66,23 @@ class ConstraintOptions:
 
 
 @dataclass
+class CostOptions:
+    """What is done about cost functions that fail: raise, hang, or give no finite number."""
+
+    timeout: float | None = _option(
+        None, "seconds that a call may take; null: any time (a call that hangs is given up, not ended)", above=0, may_differ=True,
+    )
+    retries: int = _option(0, "how often a call that raised or took too long is tried again", low=0, may_differ=True)
+    retry_delay: float = _option(1.0, "seconds before the first retry, doubled for each further one", low=0, may_differ=True)
+    on_error: str = _option(
+        "stop",
+        "after that, or where a cost is NaN, infinite or None: stop the run, or skip: leave that constraint's window out",
+        choices=("stop", "skip"),
+        may_differ=True,
+    )
+
+
+@dataclass
 class ObjectiveOptions:
     """How bounds become multipliers; the options of a part are its constructor's arguments."""
 
@@ -122,6 +139,7 @@ class Options:
     model: ModelOptions = _option(ModelOptions, "")
     data: DataOptions = _option(DataOptions, "")
     constraints: dict[str, ConstraintOptions] = _option({}, "by name; none: plain supervised fine-tuning")
+    costs: CostOptions = _option(CostOptions, "")
     objective: ObjectiveOptions = _option(ObjectiveOptions, "")
     rollout: RolloutOptions = _option(RolloutOptions, "")
     optim: OptimOptions = _option(OptimOptions, "")
