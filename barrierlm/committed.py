@@ -138,7 +138,11 @@ class Committed:
             raise ValueError(f"state lacks {min(missing)!r}; allowed: a state made by state_dict()")
         for key, own in (("constraints", self.bounds.fingerprint()), ("methods", self._methods())):
             entry = state[key]
-            saved = [list(item) if isinstance(item, tuple) else item for item in entry] if isinstance(entry, list) else entry
+            saved = (
+                [list(item) if isinstance(item, tuple) else item for item in entry]
+                if isinstance(entry, list)
+                else entry
+            )
             if saved != own:
                 raise ValueError(f"state was saved for {key} {saved}; allowed: this objective's {own}")
         with self._undo_on_error():

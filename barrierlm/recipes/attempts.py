@@ -71,8 +71,8 @@ class Attempts:
         self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
         if len(self._abandoned) >= _MOST_ABANDONED:
             raise CostError(
-                f"cost {self.name}: {len(self._abandoned)} calls hang (costs.timeout={self.options.timeout:g}); the run "
-                "stops whatever costs.on_error says, or they would take the machine"
+                f"cost {self.name}: {len(self._abandoned)} calls hang (costs.timeout={self.options.timeout:g}); the "
+                "run stops whatever costs.on_error says, or they would take the machine"
             )
         outcome: list[tuple[Any, BaseException | None]] = []
         # Both belong to the thread.

@@ -144,7 +144,8 @@ def _refuse_resolvers(given: Any, prefix: str = "") -> None:
                 "called (let the shell fill in what it knows)"
             )
         return
-    for key in given if isinstance(given, DictConfig) else range(len(given)):
+    keys: Any = given if isinstance(given, DictConfig) else range(len(given))
+    for key in keys:
         _refuse_resolvers(given._get_node(key), f"{prefix}.{key}" if prefix else str(key))
 
 

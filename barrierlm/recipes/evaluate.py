@@ -112,8 +112,8 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
         missing = sum(not math.isfinite(v) for part in parts for v in part[2][name])
         if missing:
             workspace.console.print(
-                f"Warning: {missing} of {len(lengths)} held-out responses have no cost for {name!r}, and are left out of "
-                "its mean",
+                f"Warning: {missing} of {len(lengths)} held-out responses have no cost for {name!r}, and are left out "
+                "of its mean",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,

@@ -37,7 +37,9 @@ class ModelOptions:
 class DataOptions:
     """Prompt/response pairs."""
 
-    source: str = _option("dialogues", "dialogues (packaged), a .jsonl file, or a dataset name or folder", may_differ=True)
+    source: str = _option(
+        "dialogues", "dialogues (packaged), a .jsonl file, or a dataset name or folder", may_differ=True
+    )
     split: str = _option("train", "split of a Hugging Face dataset")
     prompt_column: str = _option("prompt", "column of the prompt")
     response_column: str = _option("response", "column of the response")
@@ -70,13 +72,18 @@ class CostOptions:
     """What is done about cost functions that fail: raise, hang, or give no finite number."""
 
     timeout: float | None = _option(
-        None, "seconds that a call may take; null: any time (a call that hangs is given up, not ended)", above=0, may_differ=True,
+        None,
+        "seconds that a call may take; null: any time (a call that hangs is given up, not ended)",
+        above=0,
+        may_differ=True,
     )
     retries: int = _option(0, "how often a call that raised or took too long is tried again", low=0, may_differ=True)
-    retry_delay: float = _option(1.0, "seconds before the first retry, doubled for each further one", low=0, may_differ=True)
+    retry_delay: float = _option(
+        1.0, "seconds before the first retry, doubled for each further one", low=0, may_differ=True
+    )
     on_error: str = _option(
         "stop",
-        "after that, or where a cost is NaN, infinite or None: stop the run, or skip: leave that constraint's window out",
+        "after that, or where a cost is NaN, infinite or None: stop the run, or skip that constraint's window",
         choices=("stop", "skip"),
         may_differ=True,
     )
@@ -145,7 +152,9 @@ class Options:
     optim: OptimOptions = _option(OptimOptions, "")
     evaluation: EvaluationOptions = _option(EvaluationOptions, "")
     seed: int = _option(0, "seed of the data order, the adapters and the sampling", low=0)
-    output_dir: str = _option("runs/finetune", "folder of metrics, checkpoints, summary, figure and weights", may_differ=True)
+    output_dir: str = _option(
+        "runs/finetune", "folder of metrics, checkpoints, summary, figure and weights", may_differ=True
+    )
     checkpoint_every: int = _option(0, "steps between checkpoints; 0: none", low=0, may_differ=True)
     keep_best: bool = _option(
         False,

@@ -97,8 +97,16 @@ def test_tampered_states(data, rule, exponential, windows):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("estimator.mean", torch.zeros(3, dtype=F64), r"estimator does not fit: 'mean' has shape \(3,\); allowed: \(2,\)"),
-        ("estimator.mean", torch.zeros(2), "'mean' is a torch.float32 tensor on cpu; allowed: a dense torch.float64 one"),
+        (
+            "estimator.mean",
+            torch.zeros(3, dtype=F64),
+            r"estimator does not fit: 'mean' has shape \(3,\); allowed: \(2,\)",
+        ),
+        (
+            "estimator.mean",
+            torch.zeros(2),
+            "'mean' is a torch.float32 tensor on cpu; allowed: a dense torch.float64 one",
+        ),
         ("estimator.weight", torch.full((2,), math.nan, dtype=F64), "'weight' holds nan; allowed: finite numbers >= 0"),
         ("scales.value", torch.tensor([1.0, -1.0], dtype=F64), "'value' holds -1.0; allowed"),
         ("rule.learned", "x", "rule does not fit: 'learned' is a str; allowed: a tensor"),

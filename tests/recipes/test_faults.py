@@ -1,4 +1,4 @@
-"""Restarts and faults: damaged checkpoints, full disks, costs that fail. Nothing is lost, and the run says what it does."""
+"""Restarts and faults: damaged checkpoints and full disks. Nothing is lost, and the run says what it does."""
 
 import copy
 import errno
@@ -109,13 +109,13 @@ def test_whatever_a_kill_leaves_loads(three, tmp_path: Path):
     whole = (half / "step-000004.pt").rename(half / f"{UNFINISHED}step-000004.pt")
     whole.write_bytes(whole.read_bytes()[:1000])
     found = []
-    for copy in [*left, half]:
-        again = Small(copy)
+    for place in [*left, half]:
+        again = Small(place)
         found.append(again.checkpoints.load())
         assert again.said == []
         assert equal(again.state(), states[found[-1]])
         again.checkpoints.save(5)
-        assert not [name for name in names(copy) if name.startswith(UNFINISHED)]
+        assert not [name for name in names(place) if name.startswith(UNFINISHED)]
     assert set(found[:-1]) == {3, 4}
     assert found[-1] == 3
     assert found[:-1] == sorted(found[:-1])
@@ -316,7 +316,9 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(three):
     for size in (0, 1000, 4000):
         with (
             full_after(size),
-            pytest.raises(StorageError, match=r"cannot write .*step-000004.pt: File too large; step-000003.pt is whole"),
+            pytest.raises(
+                StorageError, match=r"cannot write .*step-000004.pt: File too large; step-000003.pt is whole"
+            ),
         ):
             small.checkpoints.save(4)
         assert names(folder) == ["step-000002.pt", "step-000003.pt"]
@@ -356,10 +358,10 @@ def test_a_full_disk_at_any_file_operation_of_a_checkpoint(three, tmp_path: Path
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
     path = tmp_path / "x"
     path.write_text("old")
-    with full_after(3), pytest.raises(StorageError, match="cannot write .*x: File too large"), replacing(path) as file:
+    with full_after(3), pytest.raises(StorageError, match=r"cannot write .*x: File too large"), replacing(path) as file:
         file.write(b"longer than three")
     assert path.read_text() == "old"
-    with pytest.raises(KeyError), replacing(path) as file:
+    with pytest.raises(KeyError), replacing(path) as file:  # noqa: PT012
         file.write(b"new")
         raise KeyError
     assert path.read_text() == "old"
@@ -377,7 +379,7 @@ def test_the_run_says_that_the_disk_is_full_and_goes_on_after(
     capsys: pytest.CaptureFixture[str],
     where: str,
 ):
-    overrides, folder = finished
+    overrides, _folder = finished
     command = ["finetune", str(tmp_path / "empty.yaml"), *overrides, f"output_dir={tmp_path / 'run'}"]
     (tmp_path / "empty.yaml").write_text("")
 
@@ -392,7 +394,7 @@ def test_the_run_says_that_the_disk_is_full_and_goes_on_after(
 
     def write(self: MetricsFile, step: int, row: dict[str, float]) -> None:
         if step == 3:
-            real, self._file = self._file, open("/dev/full", "a")  # noqa: SIM115, PTH123
+            real, self._file = self._file, open("/dev/full", "a")  # noqa: SIM115
             real.close()
         real_write(self, step, row)
 

@@ -94,8 +94,7 @@ def test_a_resumed_run_is_bit_equal(overrides: list[str], tmp_path: Path, change
     finetune(load_options(None, [*overrides, f"output_dir={tmp_path / 'cut'}", "resume=true"]))
     assert without_times(metrics(tmp_path / "cut")) == without_times(metrics(tmp_path / "whole"))
     states = [
-        torch.load(tmp_path / run / "checkpoints" / "step-000004.pt", weights_only=True)
-        for run in ("whole", "cut")
+        torch.load(tmp_path / run / "checkpoints" / "step-000004.pt", weights_only=True) for run in ("whole", "cut")
     ]
     assert all(torch.equal(a, b) for a, b in zip(states[0]["weights"], states[1]["weights"], strict=True))
     summaries = [json.loads((tmp_path / run / "summary.json").read_text())["runs"] for run in ("whole", "cut")]
@@ -169,7 +168,7 @@ def test_resuming_what_does_not_fit(overrides: list[str]):
     with pytest.raises(ConfigError, match="resume=true: no checkpoint in"):
         finetune(load_options(None, [*overrides, "resume=true"]))
     finetune(load_options(None, [*overrides, "checkpoint_every=4", "save_model=false"]))
-    with pytest.raises(ConfigError, match="was made with model.lora_rank=2, this run has 3; allowed: the same"):
+    with pytest.raises(ConfigError, match=r"was made with model.lora_rank=2, this run has 3; allowed: the same"):
         finetune(load_options(None, [*overrides, "resume=true", "model.lora_rank=3"]))
     with pytest.raises(ConfigError, match="was made with keep_best=False, this run has True; allowed: the same"):
         finetune(load_options(None, [*overrides, "resume=true", "keep_best=true"]))
