@@ -74,6 +74,12 @@ def in_child(action: Callable[[], None]) -> None:
     assert wait(child) == 0
 
 
+def make_all(folder: Path) -> None:
+    """Model and data."""
+    make_model(folder / "model")
+    make_data(folder / "pairs.jsonl")
+
+
 def trace(at: int | None, names: Path | None = None) -> None:
     """In a child: before file operation number ``at`` (from 0), die; ``names`` collects them all, one a line."""
     done = 0
@@ -173,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         (folder / "model").mkdir()
         (folder / "noise.py").write_text(COST)
-        in_child(lambda: None)
+        in_child(lambda: make_all(folder))
         names = folder / "operations"
         assert wait(run(folder, folder / "traced", lambda: trace(None, names))) == 0, (
             folder / "traced.log"
