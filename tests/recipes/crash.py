@@ -29,7 +29,7 @@ import torch
 from barrierlm.recipes.config import load_options
 from barrierlm.recipes.finetune import finetune
 
-from .tiny import tiny_overrides
+from .tiny import make_data, make_model, tiny_overrides
 
 STEPS = 6
 #: The cost draws from Python's generator, so that its state is part of what must come back.
