@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 # On a busy machine torch's threads would spin for each other; waiting passively is slower only by a little when idle.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow lint bench bench-solvers docs-options install clean
+.PHONY: demo test test-slow crash lint bench bench-solvers docs-options install clean
 
 install: $(READY)
 
@@ -29,6 +29,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Kill -9 a run of the recipe at 30 random moments, and before every file operation; each must resume bit-equal.
+crash: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -m tests.recipes.crash --kills 30 --operations
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .saved import saved_tensor
+
 
 class Reading(NamedTuple):
     """One bound's `Readings`, as numbers."""
@@ -64,6 +66,9 @@ class Rule(ABC):
     #: Standard errors of a long average by which bounds are drawn in, unless the objective is told otherwise.
     confidence: float = 0.0
     _learned: tuple[str, ...] = ()
+    #: Of the learned tensors, those that may be infinite, and those that are never negative.
+    _unbounded: tuple[str, ...] = ()
+    _nonnegative: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -95,7 +100,10 @@ class Rule(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         for name in self._learned:
-            setattr(self, name, state[name].detach().cpu().clone())
+            own = getattr(self, name)
+            allow = [math.inf] if name in self._unbounded else []
+            low = 0.0 if name in self._nonnegative else -math.inf
+            setattr(self, name, saved_tensor(state, name, [own.shape], allow=allow, low=low))
 
 
 class LogBarrier(Rule):

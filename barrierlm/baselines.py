@@ -38,6 +38,7 @@ class DualAscent(Rule):
     learned: Tensor
     windows: Tensor
     _learned = ("learned", "windows")
+    _nonnegative = _learned
 
     def __init__(
         self,
@@ -116,6 +117,7 @@ class AugmentedLagrangian(Rule):
 
     learned: Tensor
     _learned = ("learned",)
+    _nonnegative = _learned
 
     def __init__(self, penalty: float = 1.0, *, step: float = 0.1) -> None:
         if not (penalty > 0 and math.isfinite(penalty)):

@@ -167,7 +167,7 @@ class BestFeasible:
         Raises:
             ValueError: Something else, or of other arguments. Nothing is changed then.
         """
-        if not isinstance(state, Mapping) or state.get("version") != 1:
+        if not isinstance(state, Mapping) or repr(state.get("version")) != "1":
             given = f"version {state.get('version')!r}" if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state is {given}; allowed: version 1, as made by state_dict()")
         missing = self.state_dict().keys() - state.keys()
@@ -176,13 +176,12 @@ class BestFeasible:
         for name in ("confidence", "smoothing"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"state was saved for {name}={state[name]}; allowed: {getattr(self, name)}")
-        best = None if state["best"] is None else _State(*state["best"])
-        self._updates, self._loss, self._weight, self._best = (
-            int(state["updates"]),
-            float(state["loss"]),
-            float(state["weight"]),
-            best,
-        )
+        try:
+            best = None if state["best"] is None else _State(*state["best"])
+            numbers = int(state["updates"]), float(state["loss"]), float(state["weight"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"state is damaged ({error}); allowed: a mapping as made by state_dict()") from error
+        (self._updates, self._loss, self._weight), self._best = numbers, best
 
     def _violation(self, row: BoundState) -> float:
         """How far the confidence limit is outside, in scales; NaN where it is not known."""

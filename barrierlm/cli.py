@@ -14,9 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; default: those of the process.
 
     Returns:
-        The exit status: 0; 1 where `check` finds that the configuration cannot work; 2 for a mistake in the options,
-        the data, a run's folder or the name of a cost function, told in one line. What goes wrong inside a cost
-        function keeps its traceback.
+        The exit status: 0; 1 where `check` finds that the configuration cannot work, and for a file that cannot be
+        written; 2 for a mistake in the options, the data, a run's folder or the name of a cost function, told in one
+        line. What goes wrong inside a cost function keeps its traceback.
     """
     parser = _parser()
     # Options may stand before, between and after the overrides.
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.overrides = [*arguments.overrides, *rest]
     try:
         from barrierlm.recipes.config import ConfigError, load_options
+        from barrierlm.recipes.files import StorageError
     except ModuleNotFoundError as error:
         parser.exit(2, f"barrierlm: {error}; get the recipe's packages with: pip install 'barrierlm[recipes]'\n")
     overrides = list(arguments.overrides)
@@ -66,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ModuleNotFoundError) as error:
         print(f"barrierlm: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"barrierlm: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

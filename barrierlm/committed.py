@@ -16,6 +16,7 @@ from .constraints import Bounds
 from .diagnostics import BoundState, FeasibilityWatch, Report, verdict, verdict_tolerance
 from .estimators import EMA, Column, Scales, vector, wide_dtype
 from .positions import PositionBaseline
+from .saved import saved_count, saved_tensor
 from .schedules import Schedule
 
 #: The reading of a bound that was not measured.
@@ -143,24 +144,28 @@ class Committed:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave, or raise and change nothing."""
-        if not isinstance(state, Mapping) or state.get("version") != 1:
+        if not isinstance(state, Mapping) or repr(state.get("version")) != "1":  # a tensor has no plain !=
             given = f"version {state.get('version')!r}" if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state is {given}; allowed: version 1, as made by state_dict()")
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"state lacks {min(missing)!r}; allowed: a state made by state_dict()")
         for key, own in (("constraints", self.bounds.fingerprint()), ("methods", self._methods())):
-            saved = [list(item) if isinstance(item, tuple) else item for item in state[key]]
-            if saved != own:
+            saved = state[key]
+            if isinstance(saved, list):
+                saved = [list(item) if isinstance(item, tuple) else item for item in saved]
+            if repr(saved) != repr(own):
                 raise ValueError(f"state was saved for {key} {saved}; allowed: this objective's {own}")
         with self._undo_on_error():
             for name, part in self._parts().items():
                 try:
+                    if isinstance(part.state_dict(), Mapping) and not isinstance(state[name], Mapping):
+                        raise ValueError(f"it is a {type(state[name]).__name__}; allowed: a mapping")
                     part.load_state_dict(state[name])
-                except KeyError as error:
-                    raise ValueError(f"state of the {name} lacks {error}; allowed: one of this version") from error
-            self.windows = int(state["windows"])
-            self.nonfinite = state["nonfinite"].detach().cpu().clone()
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    raise ValueError(f"state of the {name} does not fit: {error}") from error
+            self.windows = saved_count(state, "windows")
+            self.nonfinite = saved_tensor(state, "nonfinite", [self.nonfinite.shape], low=0.0)
             self.baselines = self.positions.table()
             self._read()
             self._refresh()

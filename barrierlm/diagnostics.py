@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .saved import saved_count, saved_number, saved_tensor
+
 
 class BoundState(NamedTuple):
     """One bound as the last committed window left it.
@@ -162,10 +164,12 @@ class FeasibilityWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.stuck, self.known = int(state["stuck"]), int(state["known"])
-        self.total, self.growth, self.level = (float(state[name]) for name in ("total", "growth", "level"))
-        for name in self._LISTS:
-            setattr(self, name, state[name].tolist())
+        size = [(len(self.first),)]
+        numbers = {name: saved_number(state, name, low=0.0) for name in ("total", "growth")}
+        numbers |= {name: saved_count(state, name) for name in ("stuck", "known")}
+        numbers |= {"level": saved_number(state, "level", low=-math.inf)}
+        lists = {name: saved_tensor(state, name, size).tolist() for name in self._LISTS}
+        vars(self).update(numbers | lists)
 
 
 def verdict_tolerance(stderr: float) -> float:

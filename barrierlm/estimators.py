@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .constraints import Bounds
+from .saved import saved_tensor
 
 #: Position buckets of per-token costs: exact below 64, then eight per octave up to 16,384.
 NUM_POSITIONS = 128
@@ -188,7 +189,10 @@ class EMA:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        columns = [state[name].double().tolist() for name in _Sums._fields]
+        size, signed = [(len(self._sums),)], ("mean", "spread")
+        columns = [
+            saved_tensor(state, name, size, low=-math.inf if name in signed else 0.0).tolist() for name in _Sums._fields
+        ]
         self._sums = [_Sums(*numbers) for numbers in zip(*columns, strict=True)]
 
 
@@ -251,5 +255,7 @@ class Scales:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.value = state["value"].tolist()
-        self._sums = [tuple(sums) for sums in state["sums"].tolist()]
+        count = len(self.value)
+        value = saved_tensor(state, "value", [(count,)], allow=[math.nan], low=5e-324)
+        sums = saved_tensor(state, "sums", [(count, 3)])
+        self.value, self._sums = value.tolist(), [tuple(row) for row in sums.tolist()]

@@ -86,6 +86,7 @@ class _Learner(Rule):
     seen: Tensor
     lasting: Tensor
     _learned: tuple[str, ...] = ("learned", "age", "side", "uncrossed", "average", "seen", "lasting")
+    _nonnegative: tuple[str, ...] = ("learned", "age", "uncrossed", "seen", "lasting")
 
     def __init__(self, step: float, decay: float, patience: int, unit: float) -> None:
         if not (unit > 0 and math.isfinite(unit)):
@@ -256,6 +257,8 @@ class AdaptiveBarrier(_Learner):
     smallest_seen: Tensor
     held: Tensor
     _learned = (*_Learner._learned, "frozen_mu", "smallest_seen", "held")
+    _nonnegative = (*_Learner._nonnegative, "frozen_mu", "smallest_seen", "held")
+    _unbounded = ("smallest_seen",)
 
     #: The share of s from which on the noise counts as having stopped mu: just under one AdaptiveSchedule step.
     _STOPPED = 0.8

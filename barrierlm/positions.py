@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .estimators import NUM_POSITIONS, Column
+from .saved import saved_tensor
 
 
 def position_bucket(position: Tensor) -> Tensor:
@@ -50,4 +51,4 @@ class PositionBaseline:
 
     def load_state_dict(self, state: Tensor) -> None:
         """Restore what `state_dict` gave."""
-        self._sums = state.detach().cpu().double().clone()
+        self._sums = saved_tensor({"sums": state}, "sums", [self._sums.shape])

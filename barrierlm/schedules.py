@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .barriers import Reading, Readings
+from .saved import saved_count, saved_number, saved_tensor
 
 
 def _positive(argument: str, value: float) -> float:
@@ -110,7 +111,7 @@ class ExponentialSchedule(Schedule):
         return {"ticks": self.ticks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ticks = int(state["ticks"])
+        self.ticks = saved_count(state, "ticks")
 
 
 class _Seen(NamedTuple):
@@ -198,7 +199,11 @@ class AdaptiveSchedule(Schedule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._mu = float(state["mu"])
-        self._seen = [
-            _Seen(*numbers) for numbers in zip(*(state[name].tolist() for name in _Seen._fields), strict=True)
+        mu = float(saved_number(state, "mu", low=5e-324))
+        # Without an objective that said how many bounds there are, any number of them.
+        shape = (len(self._seen),) if self._seen else getattr(state.get("z"), "shape", ())[:1]
+        columns = [
+            saved_tensor(state, name, [shape], allow=[math.nan] if name == "z" else [math.inf]).tolist()
+            for name in _Seen._fields
         ]
+        self._mu, self._seen = mu, [_Seen(*numbers) for numbers in zip(*columns, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def call_cost(function: CostFunction, name: str, arguments: Mapping[str, Any], c
         count: Number of responses.
 
     Returns:
-        One float per response.
+        One float per response; NaN for None.
 
     Raises:
         TypeError: It returned something other than numbers.
@@ -32,22 +33,36 @@ def call_cost(function: CostFunction, name: str, arguments: Mapping[str, Any], c
         >>> call_cost(lambda completions, **kwargs: [len(c) for c in completions], "size", {"completions": ["ab"]}, 1)
         [2.0]
     """
+    return checked_costs(function(**accepted(function, arguments)), name, count)
+
+
+def accepted(function: CostFunction, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the function names; all of them if it takes ``**kwargs``."""
     parameters = inspect.signature(function).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        names = {p.name for p in parameters}
-        arguments = {key: value for key, value in arguments.items() if key in names}
-    values: Any = function(**arguments)
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
+    return {key: value for key, value in arguments.items() if everything or key in names}
+
+
+def checked_costs(values: Any, name: str, count: int) -> list[float]:
+    """What a cost function returned, as ``count`` floats; NaN where it had None.
+
+    Raises:
+        TypeError: Something other than numbers.
+        ValueError: Another number of them.
+    """
     if isinstance(values, Tensor):
         values = values.tolist()
     try:
-        floats = [float(value) for value in values]
+        floats = [math.nan if value is None else float(value) for value in values]
     except (TypeError, ValueError):
-        raise TypeError(f"cost {name} returned {_brief(values)}; allowed: a list of floats") from None
+        raise TypeError(f"cost {name} returned {brief(values)}; allowed: a list of floats") from None
     if len(floats) != count:
         raise ValueError(f"cost {name} returned {len(floats)} values for {count} responses; allowed: one each")
     return floats
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """Its repr, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

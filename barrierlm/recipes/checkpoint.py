@@ -1,38 +1,44 @@
-"""Checkpoints: everything the next step depends on, written so that a crash leaves none half-written."""
+"""Checkpoints: everything the next step depends on, in one file that is whole or not there."""
 
 from __future__ import annotations
 
-import os
-import random
-import shutil
-from collections.abc import Sequence
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from barrierlm import BarrierObjective
 
 from .best import BestWeights
 from .config import ConfigError
+from .files import StorageError, make_folder, replacing, storage_errors, sync_folder
+from .random_state import random_state, set_random_state
 
 _KEEP = 2
+_FORMAT = "barrierlm checkpoint 1"
+_KEYS = {"format", "step", "run", "weights", "optimizer", "objective", "best", "random"}
 
 
 class Checkpoints:
-    """Folders ``step-000020`` with the trained weights (and the best ones), optimizer, objective and random states.
+    """Files ``step-000020.pt`` with the trained weights (and the best ones), optimizer, objective and random states.
 
-    The data position needs no saving: `DataOrder` is a function of the step.
+    The data position needs no saving: `DataOrder` is a function of the step, and ``run`` holds what the data was.
 
     Args:
         folder: Where they are; the newest two are kept.
-        accelerator: Of the run; every process calls `save` and `load`.
+        accelerator: Of the run; every process calls `save` and `load`, the main one writes.
         weights: The trained parameters.
         optimizer: Their optimizer.
         objective: Or None.
         best: Or None.
+        run: What a resumed run must agree in, by name: `same_run`.
+        say: Is told what the user should know.
     """
 
     def __init__(
@@ -43,35 +49,49 @@ class Checkpoints:
         optimizer: Any,
         objective: BarrierObjective | None,
         best: BestWeights | None = None,
+        *,
+        run: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.folder, self.accelerator = folder, accelerator
         self.weights, self.optimizer, self.objective, self.best = weights, optimizer, objective, best
+        self.run, self.say = dict(run or {}), say
 
     def save(self, step: int) -> None:
-        """Save after ``step`` optimizer steps: into a temporary folder, renamed when complete."""
-        target, unfinished = self.folder / f"step-{step:06d}", self.folder / f".unfinished-{step:06d}"
-        main, rank = self.accelerator.is_main_process, self.accelerator.process_index
-        if main:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            state = {
-                "step": step,
-                "world": self.accelerator.num_processes,
-                "weights": [p.detach().cpu() for p in self.weights],
-                "optimizer": self.optimizer.state_dict(),
-                "objective": None if self.objective is None else self.objective.state_dict(),
-                "best": None if self.best is None else self.best.state_dict(),
-            }
-            _write(state, unfinished / "state.pt")
-        self.accelerator.wait_for_everyone()
-        _write(_random_state(), unfinished / f"random-{rank}.pt")
-        self.accelerator.wait_for_everyone()
-        if main:
-            shutil.rmtree(target, ignore_errors=True)
-            unfinished.rename(target)
-            for old in self._complete()[:-_KEEP]:
-                shutil.rmtree(old)  # only now that the newer one is whole
-        self.accelerator.wait_for_everyone()
+        """Save after ``step`` optimizer steps; older ones go when this one is on the disk.
+
+        Raises:
+            StorageError: It cannot be written, on all processes; older ones are as they were.
+        """
+        randoms = gather_object([random_state()])
+        self._on_main(lambda: self._save(step, randoms))
+
+    def _save(self, step: int, randoms: list[dict[str, Any]]) -> None:
+        state = {
+            "format": _FORMAT,
+            "step": step,
+            "run": self.run,
+            "weights": [p.detach().cpu() for p in self.weights],
+            "optimizer": self.optimizer.state_dict(),
+            "objective": None if self.objective is None else self.objective.state_dict(),
+            "best": None if self.best is None else self.best.state_dict(),
+            "random": randoms,
+        }
+        try:
+            make_folder(self.folder)
+            with replacing(self._path(step)) as file:
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:  # what torch makes of a failing write
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            with storage_errors(self.folder):
+                for old in self._steps()[:-_KEEP]:
+                    self._path(old).unlink()
+                sync_folder(self.folder)
+        except StorageError as error:
+            whole = [self._path(other).name for other in self._steps() if other <= step]
+            left = f"; {whole[-1]} is whole: make room and continue with resume=true" if whole else ""
+            raise StorageError(f"{error}{left}") from error
 
     def refuse_older(self) -> None:
         """A new run must not mix its checkpoints with those of an earlier one.
@@ -79,84 +99,113 @@ class Checkpoints:
         Raises:
             ConfigError: There are some.
         """
-        if self._complete():
+        if self._on_main(self._steps):
             raise ConfigError(
                 f"{self.folder} holds checkpoints of an earlier run; allowed: resume=true to continue it, or another "
                 "output_dir"
             )
 
     def load(self) -> int:
-        """Restore the newest checkpoint.
+        """Restore the newest checkpoint that is whole, and say so where that is not the newest.
 
         Returns:
             The number of optimizer steps that it had taken.
 
         Raises:
-            ConfigError: There is none, or it is of another number of processes, another model or ``keep_best``.
-            ValueError: It is of other constraints.
+            ConfigError: There is none, or it is of another run.
         """
-        complete = self._complete()
-        if not complete:
-            raise ConfigError(
-                f"resume=true: no checkpoint in {self.folder}; allowed: after a run with checkpoint_every > 0"
-            )
-        newest = complete[-1]
-        state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
-        if state["world"] != self.accelerator.num_processes:
-            raise ConfigError(
-                f"{newest} is of {state['world']} processes, this run has {self.accelerator.num_processes}; "
-                "allowed: the same number"
-            )
+        step = self._on_main(self._newest_whole)
+        path = self._path(step)
+        state = _read(path)
+        if state["step"] != step:
+            raise ConfigError(f"{path} is of step {state['step']}; allowed: its own name")
+        saved, own = state["run"], self.run
+        for name in [*own, *saved]:
+            if name not in saved or name not in own or saved[name] != own[name]:
+                raise ConfigError(
+                    f"{path} was made with {name}={saved.get(name)!r}, this run has {own.get(name)!r}; allowed: the "
+                    "same, or another output_dir (docs/recipe.md lists what may differ)"
+                )
         shapes, given = [p.shape for p in state["weights"]], [p.shape for p in self.weights]
-        if shapes != given or (state["objective"] is None) != (self.objective is None):
-            raise ConfigError(f"{newest} is of another model or of other constraints; allowed: the same options")
-        best = state.get("best")
-        if (best is None) != (self.best is None):
-            raise ConfigError(
-                f"{newest} is of a run with keep_best={best is not None}; allowed: the same (the states before it "
-                "cannot be compared any more)"
-            )
-        if self.objective is not None:
-            self.objective.load_state_dict(state["objective"])
+        absent = [state[name] is None for name in ("objective", "best")]
+        if shapes != given or absent != [self.objective is None, self.best is None]:
+            raise ConfigError(f"{path} is of another model or of other constraints; allowed: the same options")
+        try:
+            if self.objective is not None:
+                self.objective.load_state_dict(state["objective"])
+            if self.best is not None:
+                self.best.load_state_dict(state["best"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path} does not fit this run: {error}") from error
         with torch.no_grad():
-            for p, saved in zip(self.weights, state["weights"], strict=True):
-                p.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.best is not None:
-            self.best.load_state_dict(best)
-        rank = self.accelerator.process_index
-        _set_random_state(torch.load(newest / f"random-{rank}.pt", map_location="cpu", weights_only=True))
-        return int(state["step"])
+            for p, value in zip(self.weights, state["weights"], strict=True):
+                p.copy_(value)
+        set_random_state(state["random"][self.accelerator.process_index])
+        return step
 
-    def _complete(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
+    def _newest_whole(self) -> int:
+        """Its step. What is damaged is set aside: it must neither count as a checkpoint nor be lost."""
+        steps, damaged = self._steps(), []
+        for step in reversed(steps):
+            path = self._path(step)
+            try:
+                _read(path)
+            except _Damaged as error:
+                damaged.append(f"{path}: {error}")
+                continue
+            for other in (s for s in steps if s > step):
+                self._path(other).rename(self._path(other).with_suffix(".damaged"))
+            for line in damaged:
+                self.say(f"Warning: damaged checkpoint set aside as *.damaged, going back to step {step}. {line}")
+            return step
+        if damaged:
+            raise ConfigError(
+                "resume=true: no checkpoint can be read; allowed: a copy of one of them put in its place, or another "
+                f"output_dir for a new run ({'; '.join(damaged)})"
+            )
+        raise ConfigError(
+            f"resume=true: no checkpoint in {self.folder}; allowed: after a run with checkpoint_every > 0"
+        )
+
+    def _on_main(self, action: Callable[[], Any]) -> Any:
+        """What the main process's ``action`` returns or raises, on every process: none is left waiting for another."""
+        outcome: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome = [action(), None]
+            except (ConfigError, StorageError) as error:
+                outcome = [None, error]
+        result, failure = broadcast_object_list(outcome)
+        if failure is not None:
+            raise failure
+        return result
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.pt"
+
+    def _steps(self) -> list[int]:
+        found = (re.fullmatch(r"step-(\d{6,})\.pt", path.name) for path in self.folder.glob("step-*.pt"))
+        return sorted(int(match[1]) for match in found if match)
 
 
-def _write(state: Any, path: Path) -> None:
-    """Save and wait until it is on the disk: the rename that follows must not overtake it."""
-    with path.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+class _Damaged(Exception):
+    """A file that is no whole checkpoint."""
 
 
-def _random_state() -> dict[str, Any]:
-    """Of torch, and of Python and NumPy for cost functions that draw; plain values and tensors."""
-    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global state, which users draw from
-    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    random.setstate(state["python"])
-    numpy_state = state["numpy"]
-    key = numpy_state["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})  # noqa: NPY002
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+def _read(path: Path) -> dict[str, Any]:
+    """The checkpoint, after its checksums; plain tensors and values, no code."""
+    try:
+        # torch writes a checksum of every record and does not look at it when it loads.
+        with zipfile.ZipFile(path) as records:
+            bad = records.testzip()
+        if bad is not None:
+            raise _Damaged(f"the checksum of {bad} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _Damaged(f"not written by this recipe ({str(error).splitlines()[0]})") from None
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
+        raise _Damaged(f"not a whole file ({error})") from None
+    if not isinstance(state, dict) or state.get("format") != _FORMAT or not state.keys() >= _KEYS:
+        raise _Damaged("not a checkpoint of this recipe and version")
+    return state

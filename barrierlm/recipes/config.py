@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -66,7 +67,7 @@ def load_options(path: str | Path | None = None, overrides: Sequence[str] = ()) 
         merged = OmegaConf.merge(merged, given)
     options = OmegaConf.to_object(merged)
     assert isinstance(options, Options)
-    for key, spec, value in _leaves(options):
+    for key, spec, value in leaves(options):
         _check_range(key, spec.metadata, value)
     for name, constraint in options.constraints.items():
         _check_constraint(options, name, constraint)
@@ -114,10 +115,13 @@ def _read(path: str | Path | None) -> DictConfig:
     file = config_path(str(path))
     try:
         given = OmegaConf.load(file)
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, RecursionError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from None
+    except (OSError, ValueError, TypeError) as error:  # what OmegaConf says about a number, a date, a number as a key
+        raise ConfigError(f"{file}: {error}; allowed: a mapping of options") from None
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{file}: holds a list; allowed: a mapping of options")
+    _refuse_resolvers(given)
     return given
 
 
@@ -127,9 +131,26 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
         if not equals or not key:
             raise ConfigError(f"override {text!r}; allowed: key=value, such as optim.steps=100")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (YAMLError, GrammarParseError, OmegaConfBaseException) as error:
+        given = OmegaConf.from_dotlist(list(overrides))
+    except (YAMLError, GrammarParseError, OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
         raise ConfigError(f"overrides {list(overrides)}: {error}") from None
+    _refuse_resolvers(given)
+    return given
+
+
+def _refuse_resolvers(given: Any, prefix: str = "") -> None:
+    """A configuration is data: ``${oc.env:...}`` and other functions are not called, and secrets not written out."""
+    if not isinstance(given, DictConfig | ListConfig) or given._is_none() or given._is_interpolation():
+        text = given if isinstance(given, str) else getattr(given, "_value", lambda: None)()
+        if isinstance(text, str) and re.search(r"\$\{[^}]*(:|\$\{)", text):
+            raise ConfigError(
+                f"{prefix}={text!r}; allowed: plain values, or ${{another.option}}; functions such as oc.env are not "
+                "called (let the shell fill in what it knows)"
+            )
+        return
+    keys: Any = given if isinstance(given, DictConfig) else range(len(given))
+    for key in keys:
+        _refuse_resolvers(given._get_node(key), f"{prefix}.{key}" if prefix else str(key))
 
 
 def _check_keys(given: DictConfig, kind: type, prefix: str = "") -> None:
@@ -169,14 +190,15 @@ def _check_types(given: DictConfig, schema: Any) -> None:
         raise ConfigError(f"{key}={value!r}: {first}; allowed: see the option table") from None
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Key, field and value of every option."""
     for spec in fields(node):
         value, key = getattr(node, spec.name), prefix + spec.name
         if is_dataclass(value):
-            yield from _leaves(value, key + ".")
+            yield from leaves(value, key + ".")
         elif spec.name == "constraints":
             for name, constraint in value.items():
-                yield from _leaves(constraint, f"{key}.{name}.")
+                yield from leaves(constraint, f"{key}.{name}.")
         else:
             yield key, spec, value
 

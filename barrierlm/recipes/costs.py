@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from barrierlm import Sampled
-from barrierlm.integrations.costs import CostFunction, call_cost
+from barrierlm.integrations.costs import CostFunction, accepted, brief, checked_costs
 
+from .attempts import Attempts, CostError
 from .config import ConfigError
 from .extras import missing_extra
 from .model import Policy, Sequences, lay_out
-from .options import ConstraintOptions
+from .options import ConstraintOptions, CostOptions
 from .rollout import Rollout
 
 
@@ -60,10 +62,13 @@ class FunctionCost(Cost):
         function: ``(prompts, completions, completion_ids, **columns) -> list of floats``; it is given those of
             these arguments that it names, or all if it takes ``**kwargs``.
         name: For error messages.
+        options: What is done when it fails.
     """
 
-    def __init__(self, function: CostFunction, name: str) -> None:
+    def __init__(self, function: CostFunction, name: str, options: CostOptions | None = None) -> None:
         self.function, self.name = function, name
+        self.options = options or CostOptions()
+        self._attempts = Attempts(name, self.options)
 
     def measure(
         self, rollouts: Sequence[Rollout], sequences: Sequences, policy: Policy, groups: Tensor | None = None
@@ -73,7 +78,12 @@ class FunctionCost(Cost):
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Call the function and check what it returns.
 
+        Returns:
+            A number per response; where it failed or gave none, and ``on_error`` is "skip", NaN: the objective leaves
+            the constraint's window out, on all ranks alike.
+
         Raises:
+            CostError: It failed, or gave a NaN, an infinity or None, and ``on_error`` is "stop".
             TypeError: Not a sequence of numbers.
             ValueError: Not one number per response.
         """
@@ -86,7 +96,19 @@ class FunctionCost(Cost):
             "completions": [r.text for r in rollouts],
             "completion_ids": [r.ids for r in rollouts],
         }
-        return call_cost(self.function, self.name, arguments, len(rollouts))
+        given = accepted(self.function, arguments)
+        answer = self._attempts(lambda: (self.function(**given),))
+        if answer is None:
+            return [math.nan] * len(rollouts)
+        floats = checked_costs(answer[0], self.name, len(rollouts))
+        bad = [i for i, value in enumerate(floats) if not math.isfinite(value)]
+        if bad and self.options.on_error == "stop":
+            raise CostError(
+                f"cost {self.name} gave {answer[0][bad[0]]} for response {bad[0]} of {len(floats)}, "
+                f"{brief(rollouts[bad[0]].text)}; allowed: a finite number, or costs.on_error=skip, which leaves that "
+                "constraint's window out"
+            )
+        return floats
 
 
 def sentiment_cost() -> CostFunction:
@@ -197,11 +219,17 @@ def imported_costs(constraints: Mapping[str, ConstraintOptions]) -> list[str]:
     return [cost for cost in costs if ":" in cost and not cost.startswith("reward_model:")]
 
 
-def load_costs(constraints: Mapping[str, ConstraintOptions], *, device: torch.device | str = "cpu") -> dict[str, Cost]:
+def load_costs(
+    constraints: Mapping[str, ConstraintOptions],
+    options: CostOptions | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, Cost]:
     """The cost of every constraint, by its name.
 
     Args:
         constraints: As in the options; costs are checked names or paths.
+        options: What is done when a cost function fails.
         device: Where reward models run.
 
     Raises:
@@ -216,14 +244,14 @@ def load_costs(constraints: Mapping[str, ConstraintOptions], *, device: torch.de
         elif what == "kl":
             costs[name] = KLCost()
         elif what == "sentiment":
-            costs[name] = FunctionCost(sentiment_cost(), what)
+            costs[name] = FunctionCost(sentiment_cost(), what, options)
         elif what == "profanity":
-            costs[name] = FunctionCost(profanity_cost(), what)
+            costs[name] = FunctionCost(profanity_cost(), what, options)
         elif what.startswith("reward_model:"):
             reward = reward_model_cost(what.removeprefix("reward_model:"), device=device)
-            costs[name] = FunctionCost(reward, what)
+            costs[name] = FunctionCost(reward, what, options)
         else:
-            costs[name] = FunctionCost(import_function(what), what)
+            costs[name] = FunctionCost(import_function(what), what, options)
     return costs
 
 

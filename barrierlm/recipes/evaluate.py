@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .costs import measure_rollouts, per_response
+from .files import replacing
 from .model import lay_out
 from .rollout import Rollout
 from .workspace import Workspace
@@ -59,7 +60,11 @@ class Evaluation:
         return {
             "nll": self.nll,
             "seconds": self.seconds,
-            "constraints": {name: asdict(result) for name, result in self.constraints.items()},
+            # JSON has no NaN: what no response could tell is null.
+            "constraints": {
+                name: {key: None if value != value else value for key, value in asdict(result).items()}
+                for name, result in self.constraints.items()
+            },
         }
 
 
@@ -103,6 +108,16 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
     parts = gather_object([(nll, tokens, values, [(len(r.ids), r.censored) for r in rollouts], shown)])
     lengths = [entry for part in parts for entry in part[3]]
     share = sum(censored for _, censored in lengths) / len(lengths)
+    for name in values:
+        missing = sum(not math.isfinite(v) for part in parts for v in part[2][name])
+        if missing:
+            workspace.console.print(
+                f"Warning: {missing} of {len(lengths)} held-out responses have no cost for {name!r}, and are left out "
+                "of its mean",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
     results = {
         name: _result([v for part in parts for v in part[2][name]], bounds.lower, bounds.upper, share)
         for name, bounds in workspace.options.constraints.items()
@@ -118,8 +133,8 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
 
 
 def _result(values: list[float], lower: float | None, upper: float | None, censored: float) -> ConstraintResult:
-    x = torch.tensor(values, dtype=torch.float64)
-    mean, stderr = x.mean().item(), x.std().item() / math.sqrt(len(x))
+    x = torch.tensor([v for v in values if math.isfinite(v)], dtype=torch.float64)
+    mean, stderr = (x.mean().item(), x.std().item() / math.sqrt(len(x))) if len(x) > 1 else (math.nan, math.nan)
     satisfied = (lower is None or mean >= lower) and (upper is None or mean <= upper)
     return ConstraintResult(mean, stderr, lower, upper, satisfied, censored)
 
@@ -127,12 +142,13 @@ def _result(values: list[float], lower: float | None, upper: float | None, censo
 def write_summary(folder: Path, evaluations: Mapping[str, Evaluation]) -> None:
     """Write ``summary.json``, and the sample responses to ``samples.jsonl``."""
     summary = {"runs": {name: evaluation.summary() for name, evaluation in evaluations.items()}}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+    with replacing(folder / "summary.json") as file:
+        file.write((json.dumps(summary, indent=2) + "\n").encode())
+    with replacing(folder / "samples.jsonl") as file:
         for name, evaluation in evaluations.items():
             for prompt, response in evaluation.samples:
                 row = {"run": name, "prompt": prompt, "response": response}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def print_evaluations(console: Console, evaluations: Mapping[str, Evaluation]) -> None:

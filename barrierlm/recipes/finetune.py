@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from .config import to_yaml
 from .costs import measure_rollouts
 from .evaluate import Evaluation, evaluate, print_evaluations, write_summary
 from .figure import draw_figure
+from .files import make_folder, replacing
 from .gradients import gradient_balance
+from .identity import same_run
 from .microbatch import collect, one_pass, rollout_metrics, window_counts
 from .model import save_model
 from .options import OptimOptions, Options
 from .progress import MetricsFile, ProgressBar
+from .random_state import seed_generators
 from .workspace import Workspace, build_objective, open_workspace
 
 
@@ -40,6 +44,7 @@ def finetune(options: Options) -> Evaluation:
     Raises:
         ConfigError: A mistake in the options, the data or the cost functions; ``resume`` without a checkpoint.
         ModuleNotFoundError: A package that an option needs is missing; names the extra.
+        StorageError: Something cannot be written, as on a full disk.
     """
     build_objective(options)  # its errors come before anything is loaded
     workspace = open_workspace(options)
@@ -94,18 +99,25 @@ def train(
     options, accelerator, weights = workspace.options, workspace.accelerator, workspace.policy.trained()
     objective = build_objective(options) if constrained else None
     model, optimizer = prepare(workspace)
-    checkpoints = Checkpoints(folder / "checkpoints", accelerator, weights, optimizer, objective, best)
-    if options.checkpoint_every and not options.resume:
+    say = partial(workspace.console.print, markup=False, highlight=False, soft_wrap=True)
+    run = same_run(options, workspace.train, accelerator.num_processes)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", accelerator, weights, optimizer, objective, best, run=run, say=say
+    )
+    if not options.resume:
         checkpoints.refuse_older()
     first = checkpoints.load() if options.resume else 0
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(options), encoding="utf-8")
+        make_folder(folder)
+        with replacing(folder / "config.yaml") as file:
+            file.write(to_yaml(options).encode())
     workspace.policy.lm.train()
     with (
         MetricsFile(folder, keep=first, enabled=accelerator.is_main_process) as metrics_file,
         ProgressBar(workspace.console, label, options.optim.steps, first) as bar,
     ):
+        if metrics_file.enabled and metrics_file.kept < first:
+            say(f"Warning: {metrics_file.path} holds only {metrics_file.kept} of the first {first} steps")
         for step in range(first, options.optim.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options.optim)
@@ -115,6 +127,7 @@ def train(
             if best is not None and objective is not None:
                 best.update(objective.report(), metrics["loss/task"])
             if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0:
+                metrics_file.sync()
                 checkpoints.save(step + 1)
     return time.perf_counter() - began
 
@@ -126,7 +139,7 @@ def prepare(workspace: Workspace) -> tuple[Any, Any]:
     weights, decay = workspace.policy.trained(), options.optim.weight_decay
     optimizer = torch.optim.AdamW(weights, lr=1.0, betas=betas, weight_decay=decay)
     prepared = accelerator.prepare(workspace.policy, optimizer)
-    torch.manual_seed(options.seed * 1_000_003 + accelerator.process_index)
+    seed_generators(options.seed * 1_000_003 + accelerator.process_index)
     return prepared[0], prepared[1]
 
 

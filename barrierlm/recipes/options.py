@@ -8,7 +8,10 @@ from typing import Any
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its help text and its range: ``low``, ``above`` and ``below`` (strict), and ``choices``."""
+    """A field with its help text and its range: ``low``, ``above`` and ``below`` (strict), and ``choices``.
+
+    ``may_differ=True``: a resumed run need not agree in it with the run that was stopped.
+    """
     metadata = {"help": help, **limits}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -34,7 +37,9 @@ class ModelOptions:
 class DataOptions:
     """Prompt/response pairs."""
 
-    source: str = _option("dialogues", "dialogues (packaged), a .jsonl file, or a dataset name or folder")
+    source: str = _option(
+        "dialogues", "dialogues (packaged), a .jsonl file, or a dataset name or folder", may_differ=True
+    )
     split: str = _option("train", "split of a Hugging Face dataset")
     prompt_column: str = _option("prompt", "column of the prompt")
     response_column: str = _option("response", "column of the response")
@@ -60,6 +65,28 @@ class ConstraintOptions:
     lower: float | None = _option(None, "smallest allowed mean, in the cost's unit")
     upper: float | None = _option(None, "largest allowed mean, in the cost's unit")
     scale: float | None = _option(None, "one unit of violation; null: chosen by the objective", above=0)
+
+
+@dataclass
+class CostOptions:
+    """What is done about cost functions that fail: raise, hang, or give no finite number."""
+
+    timeout: float | None = _option(
+        None,
+        "seconds that a call may take; null: any time (a call that hangs is given up, not ended)",
+        above=0,
+        may_differ=True,
+    )
+    retries: int = _option(0, "how often a call that raised or took too long is tried again", low=0, may_differ=True)
+    retry_delay: float = _option(
+        1.0, "seconds before the first retry, doubled for each further one", low=0, may_differ=True
+    )
+    on_error: str = _option(
+        "stop",
+        "after that, or where a cost is NaN, infinite or None: stop the run, or skip that constraint's window",
+        choices=("stop", "skip"),
+        may_differ=True,
+    )
 
 
 @dataclass
@@ -96,7 +123,7 @@ class RolloutOptions:
 class OptimOptions:
     """The loop."""
 
-    steps: int = _option(60, "optimizer steps", low=1)
+    steps: int = _option(60, "optimizer steps", low=1, may_differ=True)
     batch_size: int = _option(8, "prompt/response pairs per micro-batch and process", low=1)
     gradient_accumulation: int = _option(1, "micro-batches per optimizer step", low=1)
     learning_rate: float = _option(5e-4, "peak learning rate of AdamW", above=0)
@@ -112,10 +139,10 @@ class OptimOptions:
 class EvaluationOptions:
     """Held-out evaluation at the end."""
 
-    pairs: int = _option(256, "held-out pairs for the NLL", low=1)
-    prompts: int = _option(128, "held-out prompts, one sampled response each", low=2)
-    batch_size: int = _option(32, "responses sampled at once", low=1)
-    samples: int = _option(4, "sample responses to show", low=0)
+    pairs: int = _option(256, "held-out pairs for the NLL", low=1, may_differ=True)
+    prompts: int = _option(128, "held-out prompts, one sampled response each", low=2, may_differ=True)
+    batch_size: int = _option(32, "responses sampled at once", low=1, may_differ=True)
+    samples: int = _option(4, "sample responses to show", low=0, may_differ=True)
 
 
 @dataclass
@@ -125,23 +152,26 @@ class Options:
     model: ModelOptions = _option(ModelOptions, "")
     data: DataOptions = _option(DataOptions, "")
     constraints: dict[str, ConstraintOptions] = _option({}, "by name; none: plain supervised fine-tuning")
+    costs: CostOptions = _option(CostOptions, "")
     objective: ObjectiveOptions = _option(ObjectiveOptions, "")
     rollout: RolloutOptions = _option(RolloutOptions, "")
     optim: OptimOptions = _option(OptimOptions, "")
     evaluation: EvaluationOptions = _option(EvaluationOptions, "")
     seed: int = _option(0, "seed of the data order, the adapters and the sampling", low=0)
-    output_dir: str = _option("runs/finetune", "folder of metrics, checkpoints, summary, figure and weights")
+    output_dir: str = _option(
+        "runs/finetune", "folder of metrics, checkpoints, summary, figure and weights", may_differ=True
+    )
     balance_every: int = _option(
         0,
         "steps between logs of the gradient norms of task and constraints (`balance/...`); each takes one more forward "
         "and backward pass, but no sampling; 0: never",
         low=0,
     )
-    checkpoint_every: int = _option(0, "steps between checkpoints; 0: none", low=0)
+    checkpoint_every: int = _option(0, "steps between checkpoints; 0: none", low=0, may_differ=True)
     keep_best: bool = _option(
         False,
         "also keep the weights of the best state that met all bounds with confidence (else of the least violated one), "
         "evaluate them at the end, and write them to output_dir/best with save_model",
     )
-    resume: bool = _option(False, "continue from the newest checkpoint in output_dir")
-    save_model: bool = _option(True, "write the trained weights to output_dir/model")
+    resume: bool = _option(False, "continue from the newest checkpoint in output_dir", may_differ=True)
+    save_model: bool = _option(True, "write the trained weights to output_dir/model", may_differ=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from barrierlm import BarrierObjective
+
+from .files import make_folder, replacing, storage_errors
 
 
 class MetricsFile:
@@ -27,16 +31,19 @@ class MetricsFile:
 
     def __init__(self, folder: Path, *, keep: int = 0, enabled: bool = True) -> None:
         self.path, self.keep, self.enabled = folder / "metrics.jsonl", keep, enabled
+        #: Steps whose lines were kept; fewer than ``keep`` if someone has taken the file away.
+        self.kept = 0
         self._board: Any = None
 
     def __enter__(self) -> MetricsFile:
         if not self.enabled:
             return self
-        # One line a step: those after the checkpoint, perhaps a half-written last one among them, are done again.
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.keep and self.path.exists() else []
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(line + "\n" for line in lines[: self.keep]), encoding="utf-8")
-        fresh.replace(self.path)
+        make_folder(self.path.parent)
+        # Steps after the checkpoint are done again; the last line may be half-written.
+        lines = _whole_lines(self.path, self.keep)
+        self.kept = len(lines)
+        with replacing(self.path) as file:
+            file.write(b"".join(lines))
         self._file = self.path.open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -46,21 +53,53 @@ class MetricsFile:
         return self
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line; numbers that are not known yet are null."""
+        """One line; numbers that are not known yet are null.
+
+        Raises:
+            StorageError: The disk is full.
+        """
         if not self.enabled:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+        with storage_errors(self.path):
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in metrics.items():
+                    self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk: a checkpoint must not be there without the lines of its steps.
+
+        Raises:
+            StorageError: They cannot be written.
+        """
+        if self.enabled:
+            with storage_errors(self.path):
+                os.fsync(self._file.fileno())
 
     def __exit__(self, *error: object) -> None:
+        # What a full disk keeps from being written has been told by `write`.
         if self.enabled:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
+
+
+def _whole_lines(path: Path, steps: int) -> list[bytes]:
+    """The lines of steps 1, 2, ... up to ``steps``, as far as they are there and whole."""
+    lines: list[bytes] = []
+    for line in path.read_bytes().splitlines(keepends=True) if steps and path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if len(lines) == steps or not isinstance(row, dict) or row.get("step") != len(lines) + 1:
+            break
+        lines.append(line.rstrip(b"\n") + b"\n")
+    return lines
 
 
 class ProgressBar:

@@ -72,7 +72,7 @@ def open_workspace(options: Options) -> Workspace:
         console.print(
             f"Importing cost function {cost} (this runs its module)", markup=False, highlight=False, soft_wrap=True
         )
-    costs = load_costs(options.constraints, device=accelerator.device)
+    costs = load_costs(options.constraints, options.costs, device=accelerator.device)
     quiet_transformers()
     with console.status("Loading the model"):
         policy, tokenizer = load_policy(options.model, seed=options.seed)
@@ -115,6 +115,7 @@ def build_objective(options: Options) -> BarrierObjective | None:
         schedule=_part("schedule", given.schedule, given.schedule_options, Schedule),
         estimator=_part("estimator", given.estimator, given.estimator_options, EMA),
         noise_floor=given.noise_floor,
+        nonfinite="skip" if options.costs.on_error == "skip" else "raise",
     )
 
 

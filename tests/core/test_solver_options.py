@@ -160,7 +160,7 @@ def test_a_state_that_lacks_something_is_refused():
     objective = BarrierObjective(None, [Constraint("c", upper=1.0)])
     state = objective.state_dict()
     del state["watch"]["present"]
-    with pytest.raises(ValueError, match="state of the watch lacks 'present'"):
+    with pytest.raises(ValueError, match="state of the watch does not fit: it lacks 'present'"):
         objective.load_state_dict(state)
     with pytest.raises(ValueError, match="state lacks 'constraints'"):
         objective.load_state_dict({"version": 1})

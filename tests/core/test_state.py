@@ -119,6 +119,6 @@ def test_a_damaged_state_changes_nothing():
     damaged = state_of(objective)
     del damaged["watch"]["level"]
     damaged["estimator"]["mean"] += 1
-    with pytest.raises(ValueError, match="state of the watch lacks 'level'"):
+    with pytest.raises(ValueError, match="state of the watch does not fit: it lacks 'level'"):
         objective.load_state_dict(damaged)
     assert same(before, state_of(objective))

@@ -15,7 +15,7 @@ from barrierlm.recipes.data import (
 )
 from barrierlm.recipes.options import DataOptions
 
-from .conftest import make_tokenizer
+from .tiny import make_tokenizer
 
 
 def write(path: Path, *lines: str) -> str:

@@ -2,7 +2,6 @@ import json
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,8 +94,7 @@ def test_a_resumed_run_is_bit_equal(overrides: list[str], tmp_path: Path, change
     finetune(load_options(None, [*overrides, f"output_dir={tmp_path / 'cut'}", "resume=true"]))
     assert without_times(metrics(tmp_path / "cut")) == without_times(metrics(tmp_path / "whole"))
     states = [
-        torch.load(tmp_path / run / "checkpoints" / "step-000004" / "state.pt", weights_only=True)
-        for run in ("whole", "cut")
+        torch.load(tmp_path / run / "checkpoints" / "step-000004.pt", weights_only=True) for run in ("whole", "cut")
     ]
     assert all(torch.equal(a, b) for a, b in zip(states[0]["weights"], states[1]["weights"], strict=True))
     summaries = [json.loads((tmp_path / run / "summary.json").read_text())["runs"] for run in ("whole", "cut")]
@@ -170,9 +168,9 @@ def test_resuming_what_does_not_fit(overrides: list[str]):
     with pytest.raises(ConfigError, match="resume=true: no checkpoint in"):
         finetune(load_options(None, [*overrides, "resume=true"]))
     finetune(load_options(None, [*overrides, "checkpoint_every=4", "save_model=false"]))
-    with pytest.raises(ConfigError, match="of another model or of other constraints"):
+    with pytest.raises(ConfigError, match=r"was made with model.lora_rank=2, this run has 3; allowed: the same"):
         finetune(load_options(None, [*overrides, "resume=true", "model.lora_rank=3"]))
-    with pytest.raises(ConfigError, match="of a run with keep_best=False; allowed: the same"):
+    with pytest.raises(ConfigError, match="was made with keep_best=False, this run has True; allowed: the same"):
         finetune(load_options(None, [*overrides, "resume=true", "keep_best=true"]))
 
 
@@ -196,16 +194,16 @@ def test_resuming_after_a_half_written_line(overrides: list[str]):
 
 
 def test_random_states_of_cost_functions_are_restored():
-    from barrierlm.recipes.checkpoint import _random_state, _set_random_state
+    from barrierlm.recipes.random_state import random_state, set_random_state
 
     def draw():
         return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
 
     draw()
-    state = _random_state()
+    state = random_state()
     first = draw()
     draw()
-    _set_random_state(state)
+    set_random_state(state)
     assert draw() == first
 
 
@@ -220,7 +218,7 @@ def test_only_complete_checkpoints_count_and_two_are_kept(overrides: list[str]):
     options = load_options(None, [*overrides, "checkpoint_every=1", "save_model=false"])
     finetune(options)
     names = sorted(path.name for path in (Path(options.output_dir) / "checkpoints").iterdir())
-    assert names == ["step-000003", "step-000004"]
+    assert names == ["step-000003.pt", "step-000004.pt"]
 
 
 def test_gradient_accumulation_is_one_large_batch(overrides: list[str], tmp_path: Path):
@@ -389,14 +387,14 @@ def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path, lora_r
     # The first window only measures: its gradient is the task's alone.
     for key in ("loss/task", "grad_norm"):
         assert rows[0][0][key] == pytest.approx(rows[1][0][key], rel=1e-4)
-    assert (tmp_path / "2" / "checkpoints" / "step-000004" / "random-1.pt").exists()
-    newest = tmp_path / "2" / "checkpoints" / "step-000004"
-    state = torch.load(newest / "state.pt", weights_only=True)
+    newest = tmp_path / "2" / "checkpoints" / "step-000004.pt"
+    state = torch.load(newest, weights_only=True)
+    assert len(state["random"]) == 2
     whole = state["weights"] + (state["best"]["copy"] if lora_rank else [])
-    shutil.rmtree(newest)  # as if stopped after step 2
+    newest.unlink()  # as if stopped after step 2
     extra = ["optim.batch_size=2", "rollout.prompts=2", f"output_dir={tmp_path / '2'}", "save_model=false"]
     launch(2, [*overrides, *extra, "checkpoint_every=2", "resume=true"])
-    state = torch.load(newest / "state.pt", weights_only=True)
+    state = torch.load(newest, weights_only=True)
     resumed = state["weights"] + (state["best"]["copy"] if lora_rank else [])
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
