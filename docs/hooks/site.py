@@ -56,8 +56,10 @@ def on_config(config: Any) -> Any:
             section["Integrations"] = [found[name] for name in order]
     if (ROOT / "barrierlm" / "integrations").is_dir():
         next(s for s in config.nav if "API" in s)["API"].append({"Integrations": "api/integrations.md"})
-    others = sorted(pages - named) + [p for p in map(_place, _outside()) if p.startswith("benchmarks/") and p[-1] == "d"]
-    config.nav.append({"More": others})
+    results = [path for path in _outside() if path.startswith("benchmarks/") and path.endswith(".md")]
+    for title, more in (("Benchmarks", results), ("More", sorted(pages - named))):
+        if more:
+            config.nav.append({title: more})
     return config
 
 
