@@ -16,7 +16,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 import barrierlm
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/*.md")])
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
