@@ -69,4 +69,4 @@ docs-options: $(READY)
 	$(BIN)/barrierlm options > docs/options.md
 
 clean:
-	rm -rf $(VENV) runs dist site
+	rm -rf $(VENV) .venv-versions runs dist site

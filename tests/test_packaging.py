@@ -108,7 +108,8 @@ def test_torch_alone_is_enough():
             out = objective.linear(hidden, head, batch, {{"length": Sampled.per_token(torch.ones(2))}})
             out.loss.backward()
             objective.step()
-        print(barrierlm_kernels.which_impl("auto", device="cpu", dtype=torch.float32).impl, objective.report()[0].estimate)
+        choice = barrierlm_kernels.which_impl("auto", device="cpu", dtype=torch.float32)
+        print(choice.impl, objective.report()[0].estimate)
         try:
             barrierlm_kernels.which_impl("triton", device="cpu", dtype=torch.float32)
         except Exception as error:

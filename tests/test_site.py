@@ -77,7 +77,9 @@ def pages(site: Path) -> list[tuple[str, str]]:
 
 def test_no_page_asks_another_host(site):
     """Links may leave the site; scripts, styles, pictures, fonts and frames may not."""
-    loads = re.compile(r"<(?:script|img|iframe|source|video|audio|embed|object|link)\b[^>]*?(?:src|href|data)=[\"']?([^\"' >]+)")
+    loads = re.compile(
+        r"<(?:script|img|iframe|source|video|audio|embed|object|link)\b[^>]*?(?:src|href|data)=[\"']?([^\"' >]+)"
+    )
     checked = 0
     for name, html in pages(site):
         for target in loads.findall(html):
@@ -106,7 +108,10 @@ def test_formulas_and_links_are_rendered(site):
 def test_every_page_can_be_found(site):
     """In the navigation, and by the search."""
     home = (site / "index.html").read_text(encoding="utf-8")
-    places = {entry["location"].split("#")[0] for entry in json.loads((site / "search" / "search_index.json").read_text())["docs"]}
+    places = {
+        entry["location"].split("#")[0]
+        for entry in json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    }
     for path in (ROOT / "docs").rglob("*.md"):
         name = path.relative_to(ROOT / "docs").with_suffix(".html").as_posix()
         assert (site / name).exists(), name

@@ -25,13 +25,13 @@ def barrier() -> Figure:
         m, s = torch.tensor(mu).double(), torch.tensor(mu**2).double()
         rule = RelaxedLogBarrier()
         value.plot(z, rule.value(z, m, s), color=color, label=f"μ = {mu:g}")
-        value.plot([-mu**2], rule.value(-s, m, s), "o", color=color, markersize=4)
+        value.plot([-(mu**2)], rule.value(-s, m, s), "o", color=color, markersize=4)
         multiplier.plot(z, rule.multiplier(z, m, s), color=color)
     inside = z[z < -0.002]
     one = torch.tensor(0.1).double()
     value.plot(inside, LogBarrier().value(inside, one, one), ":", color=GRAY, label="log barrier, μ = 0.1")
-    value.set(ylim=(-0.6, 3), ylabel="penalty B(z)", title="the barrier: dots are z = −s, where the line begins")
-    multiplier.set(ylim=(0, 11), ylabel="multiplier λ = B′(z)", title="its slope: μ/(−z), at most μ/s = 1/μ")
+    value.set(ylim=(-0.6, 3), ylabel="penalty B(z)", title="the barrier: dots are z = -s, where the line begins")
+    multiplier.set(ylim=(0, 11), ylabel="multiplier dB/dz", title="its slope: μ/(-z), at most μ/s = 1/μ")
     value.legend(frameon=False)
     for axis in (value, multiplier):
         _bound(axis)
@@ -61,7 +61,7 @@ def path() -> Figure:
     figure, (axis,) = _figure(1)
     x = torch.linspace(-0.6, 1.6, 2000, dtype=torch.float64)
     loss = (x - 1) ** 2
-    axis.plot(x, loss, color=GRAY, linestyle="--", label="task loss (x − 1)², smallest at 1")
+    axis.plot(x, loss, color=GRAY, linestyle="--", label="task loss (x - 1)², smallest at 1")
     for mu, (_, color) in zip((0.3, 0.1, 0.01), MUS, strict=True):
         m, s = torch.tensor(mu).double(), torch.tensor(mu**2).double()
         total = loss + RelaxedLogBarrier().value(x - 0.5, m, s)
@@ -121,14 +121,17 @@ def noise_floor() -> Figure:
     true, stderr, mu = -0.1, 0.05, 0.05
     z = true + stderr * torch.randn(200).double()
     rule, floor = RelaxedLogBarrier(), stderr**0.5
-    for axis, m, title in ((left, mu, f"off: s = μ² = {mu**2:g}"), (right, floor, f"on: s = standard error = {stderr:g}")):
+    for axis, m, title in (
+        (left, mu, f"off: s = μ² = {mu**2:g}"),
+        (right, floor, f"on: s = standard error = {stderr:g}"),
+    ):
         own = torch.tensor(m).double()
         lam = rule.multiplier(z, own, own**2)
         axis.plot(range(200), lam, ".", color=BLUE, markersize=4)
         exact = float(rule.multiplier(torch.tensor(true).double(), own, own**2))
         axis.axhline(exact, color=RED, linestyle="--", label=f"at the true value: {exact:.2g}")
         axis.axhline(float(lam.mean()), color=ORANGE, label=f"mean: {float(lam.mean()):.2g} ± {float(lam.std()):.2g}")
-        axis.set(title=f"noise floor {title}", xlabel="200 estimates of z = −0.1, each ± 0.05", ylim=(0, 22))
+        axis.set(title=f"noise floor {title}", xlabel="200 estimates of z = -0.1, each ± 0.05", ylim=(0, 22))
         axis.legend(frameon=False)
     left.set_ylabel("multiplier")
     return figure
@@ -188,13 +191,17 @@ def loop() -> Figure:
         (78, "multiplier", "per bound,\nfor the next window"),
     )
     for left, title, text in boxes:
-        axis.add_patch(FancyBboxPatch((left + 1, 8), 19, 13, boxstyle="round,pad=0.6", facecolor="#eaf1f8", edgecolor=BLUE))
+        axis.add_patch(
+            FancyBboxPatch((left + 1, 8), 19, 13, boxstyle="round,pad=0.6", facecolor="#eaf1f8", edgecolor=BLUE)
+        )
         axis.text(left + 10.5, 17.6, title, ha="center", va="center", weight="bold", fontsize=9)
         axis.text(left + 10.5, 11.2, text, ha="center", va="center", fontsize=9)
     for left, text in ((21.2, "objective(...)"), (47.2, "objective.step()"), (73.2, "rule, μ")):
         axis.annotate("", (left + 5, 14.5), (left + 0.4, 14.5), arrowprops={"arrowstyle": "->", "color": RED})
         axis.text(left + 2.7, 23.6, text, ha="center", fontsize=8.5, color=RED)
-    axis.annotate("", (10, 7), (88, 7), arrowprops={"arrowstyle": "->", "color": RED, "connectionstyle": "arc3,rad=-0.06"})
+    axis.annotate(
+        "", (10, 7), (88, 7), arrowprops={"arrowstyle": "->", "color": RED, "connectionstyle": "arc3,rad=-0.06"}
+    )
     axis.text(49, 0.2, "loss = task + Σ weight · measurement", ha="center", fontsize=9, color=RED)
     return figure
 

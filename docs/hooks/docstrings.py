@@ -7,8 +7,8 @@ from typing import Any
 
 import griffe
 
-sys.path.insert(0, str(Path(__file__).parent))
-from mathml import mathml  # noqa: E402 - extensions are loaded by path, so it has to be found first
+sys.path.insert(0, str(Path(__file__).parent))  # extensions are loaded by path, without their folder
+from mathml import mathml
 
 _BLOCK = re.compile(r"^([ ]*)\.\. math::((?:.+\n?)(?:[ ]+.+\n?)*)", re.MULTILINE)
 _INLINE = re.compile(r":math:`([^`]+)`")
