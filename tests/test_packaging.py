@@ -38,6 +38,10 @@ class Finder:
             return None
         return next(filter(None, (f.find_spec(name, path, target) for f in self.others)), None)
 
+    def find_distributions(self, *context):
+        for finder in self.others:
+            yield from getattr(finder, "find_distributions", lambda *c: ())(*context)
+
 sys.meta_path = [Finder()]
 """
 
