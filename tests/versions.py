@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = ("triton", "recipes", "transformers", "trl", "lightning")
-TOOLS = ("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6.100", "numpy", "cvxpy", "scipy", "sybil>=9")
+TOOLS = ("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6.100", "numpy>=2", "cvxpy", "scipy", "sybil>=9")
 #: What depends on other packages' versions: the losses, the registered operations, and the trainers.
 TESTS = (
     "tests/test_imports.py",
@@ -66,7 +66,23 @@ def check(which: str) -> bool:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     present = [test for test in TESTS if (ROOT / test).exists()]
     # Warnings of other versions are not ours; the suite's own rule, warnings are errors, is for the pinned set.
-    command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "-W", "default", *present]
+    # torch 2.7 and 2.8 cannot trace the kernels' argument checks, so compiling a step whole needs a newer one.
+    chosen = "not import_time" + (" and not compile" if which == "lowest" else "")
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-k",
+        chosen,
+        "-q",
+        "-n",
+        "2",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "default",
+        *present,
+    ]
     return run(*command, cwd=ROOT, env=env) == 0
 
 
