@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 # On a busy machine torch's threads would spin for each other; waiting passively is slower only by a little when idle.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow crash lint bench bench-solvers docs-options install clean
+.PHONY: demo test test-slow crash lint bench bench-solvers docs docs-figures docs-options package test-versions install clean
 
 install: $(READY)
 
@@ -52,8 +52,25 @@ bench-solvers: $(READY)
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.solvers run
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.solvers oracle
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-figures: $(READY)
+	$(BIN)/python docs/figures/concepts.py
+
+# Wheel and sdist in dist/, after building, checking, installing and testing them outside the repository.
+package: $(READY)
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_packaging.py
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+# The lowest and the newest torch, transformers and trl that pyproject.toml allows, each in an environment of its own.
+test-versions: $(READY)
+	$(BIN)/python tests/versions.py lowest newest
+
 docs-options: $(READY)
 	$(BIN)/barrierlm options > docs/options.md
 
 clean:
-	rm -rf $(VENV) runs dist
+	rm -rf $(VENV) .venv-versions runs dist site

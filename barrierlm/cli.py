@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from barrierlm.recipes.config import ConfigError, load_options
         from barrierlm.recipes.files import StorageError
     except ModuleNotFoundError as error:
-        parser.exit(2, f"barrierlm: {error}; get the recipe's packages with: pip install 'barrierlm[recipes]'\n")
+        parser.exit(2, f"barrierlm: {_named(error)}\n")
     overrides = list(arguments.overrides)
     try:
         if arguments.command == "options":
@@ -64,13 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         from barrierlm.recipes.finetune import finetune
 
         finetune(options)
-    except (ConfigError, ModuleNotFoundError) as error:
+    except ConfigError as error:
         print(f"barrierlm: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"barrierlm: {_named(error)}", file=sys.stderr)
         return 2
     except StorageError as error:
         print(f"barrierlm: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _named(error: ModuleNotFoundError) -> str:
+    """The error with the extra that brings the package, unless it says so itself."""
+    how = "; get the recipe's packages with: pip install 'barrierlm[recipes]'"
+    return str(error) if "pip install" in str(error) else f"{error}{how}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -358,7 +358,7 @@ class BarrierObjective:
         with torch.no_grad():
             self._check_call(measurements, {}, 1, how="measure")
             measured = self._measure(measurements)
-        self._take({k: m.row for k, m in measured.items()}, {})
+        self._take(_rows(measured), {})
 
     def step(self) -> None:
         """Commit the window: reduce its sums over the ranks, update the estimates, set the next multipliers.
