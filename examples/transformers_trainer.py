@@ -8,7 +8,8 @@ in seconds on a CPU and without a download. The lines marked `# barrierlm` are w
 import sys
 
 import torch
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
+import transformers
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
 from barrierlm.integrations.logits import entropy, nll
@@ -35,7 +36,7 @@ def measure(model, inputs, outputs):  # barrierlm
     return {"private": private, "entropy": entropy(outputs.logits, inputs["labels"])}  # barrierlm
 
 
-args = TrainingArguments(
+args = transformers.TrainingArguments(
     output_dir=sys.argv[1] if len(sys.argv) > 1 else "runs/trainer",
     max_steps=300,
     per_device_train_batch_size=8,
