@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides = []
     arguments.overrides = [*arguments.overrides, *rest]
     try:
+        from barrierlm.files import StorageError
         from barrierlm.recipes.config import ConfigError, load_options
-        from barrierlm.recipes.files import StorageError
     except ModuleNotFoundError as error:
         parser.exit(2, f"barrierlm: {_named(error)}\n")
     overrides = list(arguments.overrides)

@@ -15,6 +15,7 @@ LAYERS = {
     "distributed": set(),
     "diagnostics": {"saved"},
     "saved": set(),
+    "files": set(),
     "barriers": {"saved"},
     "estimators": {"constraints", "saved"},
     "learning": {"barriers"},

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +10,8 @@ from torch import Tensor
 
 from barrierlm import BarrierObjective, Sampled
 from barrierlm.distributed import sum_over_ranks
+
+from .checkpoint import load_objective, save_objective
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -32,9 +32,6 @@ else:
 
 #: ``(model, inputs, outputs) -> measurements by constraint name``.
 Measure = Callable[[Any, Mapping[str, Any], Any], Mapping[str, Tensor | Sampled]]
-
-#: The objective's file in a checkpoint folder.
-STATE_FILE = "objective.pt"
 
 
 class BarrierMixin(_Base):
@@ -166,19 +163,12 @@ class BarrierMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            _write(self.objective.state_dict(), Path(output_dir, STATE_FILE))
+            save_objective(self.objective, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        file = Path(checkpoint, STATE_FILE)
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: the checkpoint is of a run without these constraints, or with save_only_model; allowed: one "
-                "that this trainer saved (for a new run load the weights with from_pretrained)"
-            )
-        self.objective.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        if checkpoint is not None:
+            load_objective(self.objective, checkpoint)
 
 
 class BarrierTrainer(BarrierMixin, Trainer):
@@ -276,13 +266,3 @@ class _Commit(TrainerCallback):
         else:
             self.trainer.objective.step()
         self.trainer._task_windows += 1
-
-
-def _write(state: Any, path: Path) -> None:
-    """Write under another name, wait for the disk, rename: the file is there whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

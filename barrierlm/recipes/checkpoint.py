@@ -14,10 +14,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from barrierlm import BarrierObjective
+from barrierlm.files import StorageError, make_folder, replacing, storage_errors, sync_folder
 
 from .best import BestWeights
 from .config import ConfigError
-from .files import StorageError, make_folder, replacing, storage_errors, sync_folder
 from .random_state import random_state, set_random_state
 
 _KEEP = 2

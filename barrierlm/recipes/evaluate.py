@@ -15,8 +15,9 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 
+from barrierlm.files import replacing
+
 from .costs import measure_rollouts, per_response
-from .files import replacing
 from .model import lay_out
 from .rollout import Rollout
 from .workspace import Workspace

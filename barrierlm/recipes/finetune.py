@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from barrierlm import BarrierObjective, Sampled
+from barrierlm.files import make_folder, replacing
 
 from .best import BestWeights
 from .checkpoint import Checkpoints
@@ -21,7 +22,6 @@ from .config import to_yaml
 from .costs import measure_rollouts
 from .evaluate import Evaluation, evaluate, print_evaluations, write_summary
 from .figure import draw_figure
-from .files import make_folder, replacing
 from .gradients import gradient_balance
 from .identity import same_run
 from .microbatch import collect, one_pass, rollout_metrics, window_counts

@@ -16,8 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from barrierlm import BarrierObjective
-
-from .files import make_folder, replacing, storage_errors
+from barrierlm.files import make_folder, replacing, storage_errors
 
 
 class MetricsFile:

@@ -138,14 +138,14 @@ def test_resume_is_bit_equal(kind, model, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_a_checkpoint_without_constraints_warns(model, tmp_path):
+def test_a_checkpoint_without_constraints_is_refused(model, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     make_trainer("sft", model, tmp_path, settings=settings).train()
-    (tmp_path / "checkpoint-2" / "barrierlm.pt").unlink()
+    (tmp_path / "checkpoint-2" / "objective.pt").unlink()
     resumed = make_trainer("sft", model, tmp_path, settings=settings)
-    with pytest.warns(RuntimeWarning, match="saved without constraints"):
+    with pytest.raises(FileNotFoundError, match="the checkpoint is of a run without these constraints"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.objective.windows == 2
+    assert resumed.objective.windows == 0
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -266,7 +266,7 @@ def test_peft(kind, model, tmp_path):
     trainer = make_trainer(kind, model, tmp_path, peft_config=adapters, settings=settings, **arguments)
     trainer.train()
     assert trainer.objective.windows == 4
-    assert (tmp_path / "checkpoint-4" / "barrierlm.pt").exists()
+    assert (tmp_path / "checkpoint-4" / "objective.pt").exists()
     if kind == "sft":
         logged = [e["constraints/entropy/value"] for e in trainer.state.log_history if "loss" in e]
         assert logged[0] == pytest.approx(0, abs=1e-6)

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from barrierlm import BarrierObjective, Constraint
 from barrierlm.cli import main
+from barrierlm.files import UNFINISHED, StorageError, make_folder, replacing
 from barrierlm.recipes.checkpoint import Checkpoints
 from barrierlm.recipes.config import ConfigError, load_options
-from barrierlm.recipes.files import UNFINISHED, StorageError, make_folder, replacing
 from barrierlm.recipes.finetune import finetune
 from barrierlm.recipes.progress import MetricsFile
 

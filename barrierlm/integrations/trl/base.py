@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import TrainerCallback
 
 from barrierlm import BarrierObjective, Constraint
 
-#: The objective's state, in the folder of a checkpoint.
-STATE_FILE = "barrierlm.pt"
+from ..checkpoint import load_objective, save_objective
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -49,21 +45,12 @@ class ConstrainedTrainer(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            torch.save(self.objective.state_dict(), Path(output_dir, STATE_FILE))
+            save_objective(self.objective, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint, STATE_FILE)
-        if path.exists():
-            self.objective.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        else:
-            warnings.warn(
-                f"{checkpoint} has no {STATE_FILE}: it was saved without constraints, which start from nothing.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if checkpoint is not None:
+            load_objective(self.objective, checkpoint)
 
 
 class Commit(TrainerCallback):
