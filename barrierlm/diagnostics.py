@@ -152,9 +152,9 @@ class FeasibilityWatch:
         if self.stuck < (self.PATIENCE if self.growth >= self.GROWTH else self.PATIENCE_WITHOUT_GROWTH):
             return []
         present = [i for i, n in enumerate(self.present) if n >= self.SHARE * self.stuck]
-        # With nothing that moved beyond noise all of them take part.
-        least = self.SHARE * max(self.moved)
-        part = [i for i in present if self.moved[i] >= least]
+        # Where nothing moved beyond noise, by the weights that the sum gave them.
+        share = self.moved if any(self.moved) else self.weights
+        part = [i for i in present if share[i] >= self.SHARE * max(share)]
         return part if len(part) > 1 else []
 
     def state_dict(self) -> dict[str, Any]:

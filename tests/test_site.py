@@ -58,8 +58,9 @@ def test_blocks_that_need_another_package():
 
 
 def test_only_the_migration_page_has_blocks_that_may_not_run():
-    pages = [p.name for p in (ROOT / "docs").rglob("*.md") if "```py\n" in p.read_text(encoding="utf-8")]
-    assert pages == ["migration.md"]
+    # Those of the trainers are whole examples, which tests/integrations runs.
+    others = [p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "integrations"]
+    assert [p.name for p in others if "```py\n" in p.read_text(encoding="utf-8")] == ["migration.md"]
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from rich.table import Table
 from barrierlm import BarrierObjective, BatchMean, Report, Sampled
 from barrierlm.diagnostics import BoundState, verdict, verdict_tolerance
 
+from .attempts import CostError
 from .costs import imported_costs, measure_rollouts, per_response
 from .finetune import prepare, train_step
 from .microbatch import MicroBatch, collect, rollout_metrics
@@ -122,6 +123,8 @@ def run_check(workspace: Workspace, windows: int) -> Check:
         _time(workspace, found)
     except FloatingPointError as error:
         found.problems.append(f"a measurement is not finite: {error}")
+    except CostError as error:
+        found.problems.append(str(error))
     except torch.OutOfMemoryError as error:
         found.problems.append(f"out of memory: {str(error).splitlines()[0]}")
     found.peak_memory = _peak_memory()

@@ -189,7 +189,8 @@ class Machine(RuleBasedStateMachine):
                 )
                 if value is not None:
                     measurements[name] = value
-                    values[name] = values.get(name, 0) + counts[rank]
+                    size = len(value) if isinstance(value, Sampled) else value.numel()
+                    values[name] = values.get(name, 0) + size  # per token there are two responses, maybe empty
             if how == "calibrate":
                 return objective.calibrate(measurements)
             task = (theta - 1).square().sum()
@@ -204,7 +205,7 @@ class Machine(RuleBasedStateMachine):
         for result in (r for world in results for r in world):
             assert not isinstance(result, Exception), repr(result)
         self.window |= {name for name, count in values.items() if count}
-        if bad is not None and names and values.get(names[0]):
+        if bad is not None and names and values.get(names[0]) and any(counts):
             self.bad.add(names[0])
 
     numbers = st.tuples(st.integers(0, 99), st.integers(0, 99))
