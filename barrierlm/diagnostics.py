@@ -152,9 +152,8 @@ class FeasibilityWatch:
         if self.stuck < (self.PATIENCE if self.growth >= self.GROWTH else self.PATIENCE_WITHOUT_GROWTH):
             return []
         present = [i for i, n in enumerate(self.present) if n >= self.SHARE * self.stuck]
-        # Where nothing moved beyond noise, by the weights that the sum gave them.
-        share = self.moved if any(self.moved) else self.weights
-        part = [i for i in present if share[i] >= self.SHARE * max(share)]
+        # With nothing that moved beyond noise all of them take part.
+        part = [i for i in present if self.moved[i] >= self.SHARE * max(self.moved)]
         return part if len(part) > 1 else []
 
     def state_dict(self) -> dict[str, Any]:
