@@ -11,7 +11,7 @@ from torch import Tensor
 from barrierlm import BarrierObjective, Sampled
 from barrierlm.distributed import sum_over_ranks
 
-from .checkpoint import load_objective, save_objective
+from .checkpoint import SavesObjective
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -34,7 +34,7 @@ else:
 Measure = Callable[[Any, Mapping[str, Any], Any], Mapping[str, Tensor | Sampled]]
 
 
-class BarrierMixin(_Base):
+class BarrierMixin(SavesObjective, _Base):
     """Adds constraints to a Trainer class: ``class MyTrainer(BarrierMixin, Trainer)``. See `BarrierTrainer`."""
 
     def __init__(
@@ -159,16 +159,6 @@ class BarrierMixin(_Base):
             logs |= self.objective.metrics() | getattr(self.measure, "metrics", dict)()
             self._task_sum, self._task_windows = 0.0, 0
         super().log(logs, *args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            save_objective(self.objective, output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_objective(self.objective, checkpoint)
 
 
 class BarrierTrainer(BarrierMixin, Trainer):

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from barrierlm import BarrierObjective, Constraint
 
-from ..checkpoint import load_objective, save_objective
+from ..checkpoint import SavesObjective
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -18,7 +18,7 @@ else:
     _Base = object  # a mixin: the trainer comes after it
 
 
-class ConstrainedTrainer(_Base):
+class ConstrainedTrainer(SavesObjective, _Base):
     """Mixin before a transformers Trainer: commits its ``objective`` after each optimizer step that measured something.
 
     The objective's numbers are in the Trainer's logs, its state in each checkpoint's folder.
@@ -41,16 +41,6 @@ class ConstrainedTrainer(_Base):
         if self.model.training:
             logs.update({name: value for name, value in self.objective.metrics().items() if not math.isnan(value)})
         super().log(logs, *args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            save_objective(self.objective, output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_objective(self.objective, checkpoint)
 
 
 class Commit(TrainerCallback):
