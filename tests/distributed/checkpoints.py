@@ -6,7 +6,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from launch import join, save
+from launch import end, join
 from torch.distributed.fsdp import fully_shard
 
 from barrierlm import BarrierObjective, Constraint, Sampled
@@ -75,7 +75,7 @@ def main(action):
     results["state"] = objective.state_dict()
     advance(objective, range(6, 10), rank, ranks)
     results["metrics"] = objective.metrics()
-    save(results)
+    end(results)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 import time
 
 import torch
-from launch import join, save
+from launch import end, join
 
 from barrierlm import BarrierObjective, Constraint
 
@@ -26,16 +26,15 @@ def main(how):
     try:
         objective.step()
     except RuntimeError as error:
-        save(
+        end(
             {
                 "seconds": time.monotonic() - began,
                 "message": str(error),
                 "unchanged": objective.metrics() == before and objective.windows == 1,
                 "window is kept": objective._window.calls,
             },
-            leave=False,
+            leave=False,  # that would wait for the rank that is gone
         )
-        os._exit(0)  # leaving the group would wait for the rank that is gone
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ def finish(processes: list[subprocess.Popen], timeout: float) -> list[tuple[int,
 
 
 def launch(script: str, ranks: int, folder: Path, *arguments: str, timeout: float = 240) -> list[dict]:
-    """What every rank passed to `save`, in rank order; an error if one failed."""
+    """What every rank passed to `end`, in rank order; an error if one failed."""
     folder.mkdir(parents=True, exist_ok=True)
     for status, errors in finish(start(script, ranks, folder, *arguments), timeout):
         assert status == 0, errors[-3000:]
@@ -59,8 +60,15 @@ def join(timeout: float = 120) -> tuple[int, int, Path]:
     return rank, ranks, folder
 
 
-def save(results: dict, *, leave: bool = True) -> None:
-    """Hand tensors and numbers to `launch`, and leave the group."""
+def end(results: dict, *, leave: bool = True) -> NoReturn:
+    """Hand tensors and numbers to `launch`, leave the group (which waits for all ranks), and end the process.
+
+    It ends without torch's own clean-up: a device mesh holds on to its gloo group, and now and then one of its
+    threads still runs when the interpreter ends, which aborts ("terminate called without an active exception").
+    """
     torch.save(results, Path(os.environ["FOLDER"]) / f"rank-{dist.get_rank()}.pt")
     if leave:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -6,7 +6,7 @@ import sys
 import tracemalloc
 
 import torch
-from launch import join, save
+from launch import end, join
 from torch.nn.parallel import DistributedDataParallel
 
 from barrierlm import BarrierObjective, Constraint, Sampled
@@ -52,7 +52,7 @@ def main(steps):
         if step % (steps // 10) == 0:
             traced = tracemalloc.get_traced_memory()[0]
             history.append((step, resident(), traced, digest(objective.state_dict()), digest(model.state_dict())))
-    save({"history": history, "metrics": objective.metrics(), "windows": objective.windows})
+    end({"history": history, "metrics": objective.metrics(), "windows": objective.windows})
 
 
 if __name__ == "__main__":

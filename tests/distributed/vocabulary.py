@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from barrierlm_kernels import VocabParallel, linear_weighted_logprob
 from kernel_oracle import OPERATIONS, Batch, in_fp64, run, share_of_allowed_error
-from launch import join, save
+from launch import end, join
 
 VOCAB = 37
 NAMES = ("linear_sequence_logprob", "linear_weighted_logprob")
@@ -171,7 +171,7 @@ def main():
     runs.append(precise(rank, ranks, "triton", torch.bfloat16, softcap=5.0, temperature=0.8))
     results["error"] = {kind: x for error, _ in runs for kind, x in error.items()}
     results["bits"] = {kind: x for _, bits in runs for kind, x in bits.items()}
-    save(results)
+    end(results)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 from barrierlm_kernels import VocabParallel, linear_sequence_logprob
-from launch import join, save
+from launch import end, join
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -208,7 +208,7 @@ def main(kinds):
                 policy, how = arrange(kind, rank, ranks)
                 history = train(policy, accumulation, linear=linear, **how)
                 results[f"{kind}, accumulation {accumulation}, {'linear' if linear else 'combine'}"] = history
-    save(results)
+    end(results)
 
 
 if __name__ == "__main__":
