@@ -51,6 +51,7 @@ bench-solvers: $(READY)
 	$(BIN)/pip install --quiet --no-deps $$(grep -E '^($(SOLVER_PEERS))==' constraints.txt)
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.solvers run
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.solvers oracle
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.solvers units
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

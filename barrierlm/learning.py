@@ -22,6 +22,9 @@ _NEAR, _FAR = 3.0, 4.0
 _PROGRESS = 0.95
 #: A violation that has not come down for this many times `patience` windows starts the age over.
 _RESTART = 5
+#: `unit="auto"`: where a search begins, what it grows by in a window, where it ends, and the share of the largest unit
+#: found for other bounds that it does not begin below.
+_UNIT_START, _UNIT_GROWTH, _UNIT_END, _UNIT_SHARE = 0.01, 1.1, 1e3, 0.3
 #: Of one that does not come down: how much counts in a step, and the share of the multiplier that the step grows with.
 _FAR_STEP, _GROWTH = 0.3, 0.2
 
@@ -40,6 +43,9 @@ def _psi_slope(u: Tensor) -> Tensor:
 @dataclass(slots=True)
 class _Bound:
     """What was learned of one bound; the last three are of `AdaptiveBarrier` alone."""
+
+    units: float  # a single one
+    found: float
 
     learned: float
     age: float
@@ -72,40 +78,50 @@ class _Learner(Rule):
       come down: they may not be able to. Within 3 standard errors of the bound none of these limits hold.
     - A violation that has lasted for 5 `patience` windows without coming down starts the age over.
 
+    ``unit="auto"`` looks for the unit of each bound: from 0.01 it grows by a tenth a window, to at most 1,000, while
+    the bound is violated by 2 standard errors and does not come down by 2 (and a tenth). The first time that it is met
+    after that, its unit is found.
+
     Exact bounds take :math:`g = \max(1, \hat\lambda)` and the full step: there is nothing to average. A step of 1 is
     the classical update, :math:`\hat\lambda \psi'(z/\mu)`, for solved inner problems; anywhere else it overshoots
     from an infeasible start, and cannot grow back from nearly 0 after that.
     """
 
     confidence = 0.5
-    learned: Tensor  # in multiples of `unit`
+    units: Tensor
+    found: Tensor
+    learned: Tensor  # in multiples of its unit
     age: Tensor
     side: Tensor
     uncrossed: Tensor
     average: Tensor
     seen: Tensor
     lasting: Tensor
-    _learned: tuple[str, ...] = ("learned", "age", "side", "uncrossed", "average", "seen", "lasting")
-    _nonnegative: tuple[str, ...] = ("learned", "age", "uncrossed", "seen", "lasting")
+    _learned: tuple[str, ...] = ("units", "found", "learned", "age", "side", "uncrossed", "average", "seen", "lasting")
+    _nonnegative: tuple[str, ...] = ("units", "found", "learned", "age", "uncrossed", "seen", "lasting")
 
-    def __init__(self, step: float, decay: float, patience: int, unit: float) -> None:
-        if not (unit > 0 and math.isfinite(unit)):
-            raise ValueError(f"unit={unit!r}; allowed: unit > 0")
+    def __init__(self, step: float, decay: float, patience: int, unit: float | str) -> None:
+        if unit != "auto" and not (isinstance(unit, int | float) and unit > 0 and math.isfinite(unit)):
+            raise ValueError(f"unit={unit!r}; allowed: unit > 0, or 'auto'")
         if not 0 < step <= 1:
             raise ValueError(f"step={step!r}; allowed: 0 < step <= 1")
         if not decay > 0:
             raise ValueError(f"decay={decay!r}; allowed: decay > 0 windows")
         if not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience={patience!r}; allowed: an integer >= 1")
-        self.step, self.decay, self.patience, self.unit = float(step), float(decay), patience, float(unit)
+        self.step, self.decay, self.patience = float(step), float(decay), patience
+        self.unit = unit if isinstance(unit, str) else float(unit)
 
     @property
     def kind(self) -> str:
-        return super().kind + (f"(unit={self.unit:g})" if self.unit != 1 else "")
+        if self.unit == 1:
+            return super().kind
+        return super().kind + f"(unit={self.unit if isinstance(self.unit, str) else f'{self.unit:g}'})"
 
     def start(self, num_bounds: int) -> None:
         self.learned = torch.ones(num_bounds, dtype=torch.float64)
-        for name in ("age", "side", "uncrossed", "average", "seen", "lasting"):
+        self.units = torch.full_like(self.learned, _UNIT_START if isinstance(self.unit, str) else self.unit)
+        for name in ("found", "age", "side", "uncrossed", "average", "seen", "lasting"):
             setattr(self, name, torch.zeros_like(self.learned))
 
     def _grown(self, mu: Tensor) -> Tensor:
@@ -130,6 +146,15 @@ class _Learner(Rule):
         coming = r.z > 0 and b.average - r.z > max(r.stderr, (1 - _PROGRESS) * r.z)
         b.lasting = b.lasting + 1 if r.z > 2 * r.stderr and not coming else 0.0
         return coming
+
+    def _search(self, b: _Bound, r: Reading, largest: float, *, coming: bool) -> None:
+        """One window of a bound's search for its unit; ``largest``: of all bounds."""
+        if self.unit != "auto" or b.found:
+            return
+        if r.z <= 0:
+            b.found = float(b.units > _UNIT_START)
+        elif r.z > 2 * r.stderr and not coming:
+            b.units = min(max(b.units, _UNIT_SHARE * largest) * _UNIT_GROWTH, _UNIT_END)
 
     def _learn(self, b: _Bound, r: Reading, mu: float, *, coming: bool) -> None:
         """One damped step of a bound; ``coming``: it is a violation that comes down."""
@@ -173,7 +198,8 @@ class ModifiedBarrier(_Learner):
         decay: :math:`\tau`, in windows up to the last crossing of the bound, after which the step has halved.
         patience: Windows of the slow average against which a violation has to come down.
         unit: An ordinary multiplier, in task loss per unit of violation: learning starts from it, and B is a multiple
-            of it. Smaller where the loss changes little (a mean of small numbers) across a wide window.
+            of it. Smaller where the loss changes little (a mean of small numbers) across a wide window. "auto": found
+            while a bound is violated, which takes some 50 windows.
 
     Raises:
         ValueError: A parameter outside its range.
@@ -192,7 +218,7 @@ class ModifiedBarrier(_Learner):
         step: float = 0.05,
         decay: float = 100.0,
         patience: int = 20,
-        unit: float = 1.0,
+        unit: float | str = 1.0,
     ) -> None:
         super().__init__(step, decay, patience, unit)
         if not (mu > 0 and math.isfinite(mu)):
@@ -202,24 +228,27 @@ class ModifiedBarrier(_Learner):
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """mu lambda psi(z/mu) [m]."""
         mu = self._grown(mu)
-        return self.unit * mu * self.learned.to(z) * _psi(z / mu)
+        return self.units.to(z) * mu * self.learned.to(z) * _psi(z / mu)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """lambda psi'(z/mu) [m]."""
-        return self.unit * self.learned.to(z) * _psi_slope(z / self._grown(mu))
+        return self.units.to(z) * self.learned.to(z) * _psi_slope(z / self._grown(mu))
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """The damped multiplier step of every measured bound."""
         bounds = self._each()
+        largest = max(b.units for b in bounds)
         for b, r, own in zip(bounds, readings.each(), mu.tolist(), strict=True):
             if r.known:
-                self._learn(b, r, own, coming=self._coming_down(b, r))
+                coming = self._coming_down(b, r)
+                self._search(b, r, largest, coming=coming)
+                self._learn(b, r, own, coming=coming)
         self._keep(bounds)
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The mu that noise has let grow."""
         mu = self._grown(mu)
-        return self.unit * mu, mu**2
+        return self.units.to(mu) * mu, mu**2
 
 
 class AdaptiveBarrier(_Learner):
@@ -241,7 +270,8 @@ class AdaptiveBarrier(_Learner):
         patience: Windows without a smaller mu after which bounds are handed over, and windows of the slow average
             against which a violation has to come down.
         unit: An ordinary multiplier, in task loss per unit of violation: learning starts from it, and B is a multiple
-            of it. Smaller where the loss changes little (a mean of small numbers) across a wide window.
+            of it. Smaller where the loss changes little (a mean of small numbers) across a wide window. "auto": found
+            while a bound is violated, which takes some 50 windows.
 
     Raises:
         ValueError: A parameter outside its range.
@@ -270,7 +300,7 @@ class AdaptiveBarrier(_Learner):
         step: float = 0.05,
         decay: float = 100.0,
         patience: int = 20,
-        unit: float = 1.0,
+        unit: float | str = 1.0,
     ) -> None:
         super().__init__(step, decay, patience, unit)
         if not (smallest_mu > 0 and math.isfinite(smallest_mu)):
@@ -302,11 +332,11 @@ class AdaptiveBarrier(_Learner):
     def _mix(self, relaxed: Callable[[], Tensor], modified: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         own, learning, count = self._own()
         if count == 0:
-            return self.unit * relaxed()
+            return self.units.to(z) * relaxed()
         learned = modified(own.to(z))
         if count < len(learning):
             learned = torch.where(learning.to(z.device), learned, relaxed())
-        return self.unit * learned
+        return self.units.to(z) * learned
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The penalty [m] of whichever half is in force."""
@@ -321,12 +351,14 @@ class AdaptiveBarrier(_Learner):
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """Learn where handed over; hand over where mu has stopped."""
         bounds, given = self._each(), list(zip(readings.each(), mu.tolist(), strict=True))
+        largest = max(b.units for b in bounds)
         # One bound's noise, or its end, holds the others' mu too.
         stopped = any(r.known and (r.noise >= self._STOPPED * m * m or m <= self.smallest_mu) for r, m in given)
         for b, (r, m) in zip(bounds, given, strict=True):
             if not r.known:
                 continue
             coming = self._coming_down(b, r)
+            self._search(b, r, largest, coming=coming)
             b.held = 1.0 if m < 0.999 * b.smallest_seen else b.held + 1
             b.smallest_seen = min(m, b.smallest_seen)
             if b.frozen_mu > 0:
@@ -345,4 +377,4 @@ class AdaptiveBarrier(_Learner):
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The frozen mu, as noise has let it grow, where the bound has been handed over."""
         own, learning, _ = self._own()
-        return self.unit * torch.where(learning, own, mu), torch.where(learning, own * own, s)
+        return self.units.to(mu) * torch.where(learning, own, mu), torch.where(learning, own * own, s)

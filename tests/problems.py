@@ -762,22 +762,23 @@ def feasible_pair(kind: str, seed: int, dimension: int = 2, overlap: float = 0.5
     return _pair(kind, seed, dimension, overlap)
 
 
-def sampled_run(steps: int, seed: int, **options) -> tuple[Tensor, Tensor, Tensor]:
+def sampled_run(steps: int, seed: int, loss_scale: float = 1.0, **options) -> tuple[Tensor, Tensor, Tensor]:
     """Problem 4 from 16 samples a step (Adam 0.02); E[c], task gap and multiplier of the last quarter's steps.
 
-    ``options`` are the objective's: rule, schedule, noise_floor.
+    ``options`` are the objective's: rule, schedule, noise_floor. The loss is multiplied by ``loss_scale``; gap and
+    multiplier are given in the old unit.
     """
     problem = Categorical()
     generator = torch.Generator().manual_seed(seed)
     theta = problem.log_q.clone().requires_grad_()
-    objective = BarrierObjective(problem.kl, [Constraint("c", upper=0.0, scale=1.0)], **options)
+    objective = BarrierObjective(None, [Constraint("c", upper=0.0, scale=1.0)], **options)
     optimizer = torch.optim.Adam([theta], lr=0.02)
     optimum = problem.kl(problem.tilted(problem.multiplier)).item()
     rows = []
     for step in range(steps):
         log_p = theta.log_softmax(0)
         y = torch.multinomial(log_p.exp().detach(), 16, replacement=True, generator=generator)
-        out = objective(theta, measurements={"c": Sampled(problem.cost[y], log_p[y])})
+        out = objective.combine(loss_scale * problem.kl(theta), {"c": Sampled(problem.cost[y], log_p[y])})
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
@@ -785,6 +786,6 @@ def sampled_run(steps: int, seed: int, **options) -> tuple[Tensor, Tensor, Tenso
         if step >= steps * 3 // 4:
             with torch.no_grad():
                 cost, gap = problem.expected(theta.log_softmax(0)).item(), problem.kl(theta).item() - optimum
-            rows.append((cost, gap, objective.report()[0].multiplier))
+            rows.append((cost, gap, objective.report()[0].multiplier / loss_scale))
     costs, gaps, multipliers = torch.tensor(rows, dtype=F64).T
     return costs, gaps, multipliers

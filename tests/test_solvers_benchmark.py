@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.solvers import oracle, report
+from benchmarks.solvers import oracle, report, units
 from benchmarks.solvers.__main__ import main
 from benchmarks.solvers.methods import METHODS, ORACLE, multiplier_of_shifted_bound
 from benchmarks.solvers.peers import Violations
@@ -235,6 +235,23 @@ def test_the_oracle_and_its_frontier():
     assert oracle.frontier_gap(points, 0.2) == pytest.approx(0.008)
     assert oracle.frontier_gap(points, 0.05) == pytest.approx(0.02)
     assert oracle.frontier_gap(points, 0.4) is None
+
+
+def test_a_loss_in_another_unit():
+    """A rule that is told the unit runs as on the plain loss, and scores the same; one that is not does not."""
+    plain, told, other = (
+        simulate(Task("far", "units", setting, 0, 40, 1.0, scale))
+        for setting, scale in (("unit=1", 1.0), ("unit=20", 20.0), ("unit=1", 20.0))
+    )
+    torch.testing.assert_close(told.multipliers, plain.multipliers)
+    assert not torch.allclose(other.multipliers, plain.multipliers)
+    tasks = list(units.tasks(10, 1))
+    assert len(set(tasks)) == len(tasks) == 8 * (2 + 3 + 3)
+    rows = [task._asdict() | {"merit": 2.0 if task.setting == 'unit="auto"' else 4.0} for task in tasks]
+    summary = units.summary(rows)
+    assert [row["merits"] for row in summary] == [{"unit=1": 4.0, "told": 4.0, 'unit="auto"': 2.0}] * 24
+    page = report.units_markdown(report.new_document(report.UNITS_SUITE, summary, {"steps": 10, "seeds": 1}, ""))
+    assert "| 20 | 1 | 0.5 |" in " ".join(page.split()).replace("1.000", "1").replace("0.5000", "0.5")
 
 
 def test_a_learning_rate_that_decays_moves_less():

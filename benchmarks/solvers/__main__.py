@@ -1,7 +1,8 @@
-"""`python -m benchmarks.solvers [run | oracle | report]`: an honest comparison of rules under sampling noise.
+"""`python -m benchmarks.solvers [run | oracle | units | report]`: an honest comparison of rules under sampling noise.
 
-`run` compares all methods on all problems, `oracle` compares with one that is told the answer, `report` writes the
-pages of the results that are there again. Runs that are done are remembered in a file: an interrupted command goes on.
+`run` compares all methods on all problems, `oracle` compares with one that is told the answer, `units` measures losses
+in other units, `report` writes the pages of the results that are there again. Runs that are done are remembered in a
+file: an interrupted command goes on.
 """
 
 import argparse
@@ -15,19 +16,21 @@ import torch
 
 from ..environment import RESULTS, ROOT
 from ..output import save
-from . import oracle, report
+from . import oracle, report, units
 from .methods import METHODS
 from .problems import PROBLEMS
 from .run import Row, Task, run_all
 
-_STEPS, _SEEDS, _ORACLE_SEEDS = 1500, 10, 20
+_STEPS = 1500
+#: By command.
+_SEEDS = {"run": 10, "oracle": 20, "units": 5, "report": 0}
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.solvers", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=("run", "oracle", "report"), default="run")
+    parser.add_argument("command", nargs="?", choices=("run", "oracle", "units", "report"), default="run")
     parser.add_argument("--steps", type=int, default=_STEPS)
-    parser.add_argument("--seeds", type=int, help=f"default {_SEEDS}, for the oracle {_ORACLE_SEEDS}")
+    parser.add_argument("--seeds", type=int, help=f"default by command: {_SEEDS}")
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), metavar="NAME")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
     parser.add_argument("--settings", choices=("all", "default"), default="all")
@@ -36,7 +39,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     if arguments.seeds is None:
-        arguments.seeds = _ORACLE_SEEDS if arguments.command == "oracle" else _SEEDS
+        arguments.seeds = _SEEDS[arguments.command]
     return arguments
 
 
@@ -44,6 +47,8 @@ def _tasks(arguments: argparse.Namespace) -> list[Task]:
     """Seed by seed, so that what there is after an interruption is a whole comparison."""
     if arguments.command == "oracle":
         return list(oracle.tasks(arguments.steps, arguments.seeds))
+    if arguments.command == "units":
+        return list(units.tasks(arguments.steps, arguments.seeds))
     return [
         Task(problem, method, setting, seed, arguments.steps)
         for seed in range(arguments.seeds)
@@ -72,19 +77,22 @@ def main(argv: list[str] | None = None) -> int:
             print(report.write(json.loads(path.read_text(encoding="utf-8")), arguments.out))
         return 0
     rows = _collect(_tasks(arguments), arguments.cache, arguments.processes)
-    usual_seeds = _ORACLE_SEEDS if arguments.command == "oracle" else _SEEDS
     whole = arguments.problems == list(PROBLEMS) and arguments.methods == list(METHODS)
     settings = {
         "steps": arguments.steps,
         "seeds": arguments.seeds,
         "quick": not (
-            whole and arguments.settings == "all" and (arguments.steps, arguments.seeds) == (_STEPS, usual_seeds)
+            whole
+            and arguments.settings == "all"
+            and (arguments.steps, arguments.seeds) == (_STEPS, _SEEDS[arguments.command])
         ),
     }
     typed = shlex.join(sys.argv[1:] if argv is None else argv)
     command = f"python -m benchmarks.solvers {typed}".rstrip()
     if arguments.command == "oracle":
         document = report.new_document(report.ORACLE_SUITE, oracle.summary(rows), settings, command)
+    elif arguments.command == "units":
+        document = report.new_document(report.UNITS_SUITE, units.summary(rows), settings, command)
     else:
         document = report.new_document(report.SUITE, report.averages(rows), settings, command)
     print(save(document, arguments.out))

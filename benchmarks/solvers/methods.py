@@ -193,6 +193,14 @@ def _start(of: Problem, optimizer: torch.optim.Optimizer, steps: int, shift: flo
     return Ours(of, optimizer, rule=Constant(multiplier_of_shifted_bound(of, shift)))
 
 
+#: Not compared with other methods: the same rule with other units, for losses in other units.
+UNITS = Method(
+    "units",
+    "ours",
+    _rule(AdaptiveBarrier),
+    {'unit="auto"': {"unit": "auto"}, **_grid("unit", 0.05, 1.0, 20.0)},
+)
+
 #: Not compared: it is told the answer, for the bound or one that is stricter by d.
 ORACLE = Method(
     "oracle",

@@ -19,7 +19,7 @@ from .methods import METHODS
 from .problems import problem
 from .run import Row, reference_multipliers, versions
 
-SUITE, ORACLE_SUITE = "solvers", "solvers-oracle"
+SUITE, ORACLE_SUITE, UNITS_SUITE = "solvers", "solvers-oracle", "solvers-units"
 #: Scores that are averaged over seeds as they are.
 _MEANS = ("gap", "above", "multiplier_error", "cpu_s")
 _VECTORS = ("violation", "value", "multiplier", "multiplier_std")
@@ -267,11 +267,47 @@ def oracle_markdown(document: dict[str, Any]) -> str:
     )
 
 
+def units_markdown(document: dict[str, Any]) -> str:
+    """The page of losses in other units."""
+    rows, settings = document["rows"], document["settings"]
+    columns = list(rows[0]["merits"])
+    scales = list(dict.fromkeys(row["loss_scale"] for row in rows))
+    body = [
+        [row["problem"], f"{row['loss_scale']:g}", *(number(row["merits"][name]) for name in columns)] for row in rows
+    ]
+    means = [
+        [f"{scale:g}", *(number(_geometric_mean_ratio(rows, scale, name)) for name in columns[1:])] for scale in scales
+    ]
+    about = (
+        "The merit (see the page of all methods) of `AdaptiveBarrier` with the loss multiplied by a number, divided by "
+        'it again: 0 is the optimum. "told": `unit` is that number, which gives the very run of `unit=1` on the plain '
+        f"loss. {settings['steps']} steps, {settings['seeds']} seeds."
+    )
+    parts = [
+        "# Losses in other units",
+        stamp(document),
+        about,
+        "Geometric mean over the problems of the merit over that of `unit=1`:",
+        markdown_table(["loss times", *columns[1:]], means),
+        markdown_table(["problem", "loss times", *columns], body),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _geometric_mean_ratio(rows: list[Row], scale: float, name: str) -> float:
+    """Over the problems at this loss scale: the merit of a column over that of the first."""
+    merits = [next(iter(row["merits"].values())) / row["merits"][name] for row in rows if row["loss_scale"] == scale]
+    return math.exp(-fmean(map(math.log, merits)))
+
+
 def write(document: dict[str, Any], folder: Path) -> Path:
     """The page and the pictures beside the JSON."""
     path = path_of(document, folder).with_suffix(".md")
     if document["suite"] == ORACLE_SUITE:
         path.write_text(oracle_markdown(document), encoding="utf-8")
+        return path
+    if document["suite"] == UNITS_SUITE:
+        path.write_text(units_markdown(document), encoding="utf-8")
         return path
     from .plots import save_pictures
 

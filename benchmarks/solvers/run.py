@@ -20,7 +20,7 @@ from torch import Tensor
 import barrierlm
 
 from ..environment import ROOT
-from .methods import METHODS, ORACLE
+from .methods import METHODS, ORACLE, UNITS
 from .problems import F64, Problem, problem
 
 #: What is compared, by the names of their distributions.
@@ -36,7 +36,10 @@ Row = dict[str, Any]
 
 
 class Task(NamedTuple):
-    """One run; ``final_lr`` is the share of the learning rate that a linear decay ends with (1: none)."""
+    """One run; ``final_lr`` is the share of the learning rate that a linear decay ends with (1: none).
+
+    ``loss_scale`` multiplies the loss that the method sees; scores are in the old unit.
+    """
 
     problem: str
     method: str
@@ -44,6 +47,7 @@ class Task(NamedTuple):
     seed: int
     steps: int
     final_lr: float = 1.0
+    loss_scale: float = 1.0
 
 
 class Trajectory(NamedTuple):
@@ -100,7 +104,7 @@ def trace(run: Trajectory, of: Problem) -> dict[str, list[float]]:
 
 def simulate(task: Task) -> Trajectory:
     """Run one task; every method sees the same random numbers for the same seed."""
-    of, method = problem(task.problem), (METHODS | {ORACLE.name: ORACLE})[task.method]
+    of, method = problem(task.problem), (METHODS | {special.name: special for special in (ORACLE, UNITS)})[task.method]
     x = of.start.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=of.lr)
     runner = method.start(of, optimizer, task.steps, **method.settings[task.setting])
@@ -108,11 +112,12 @@ def simulate(task: Task) -> Trajectory:
     losses, violations, multipliers = [], [], []
     for step in range(task.steps):
         optimizer.param_groups[0]["lr"] = of.lr * (1 - (1 - task.final_lr) * step / task.steps)
-        runner.step(*draw(x))
+        loss, measured = draw(x)
+        runner.step(task.loss_scale * loss, measured)
         with torch.no_grad():
             losses.append(of.loss(x))
             violations.append(of.violations(x))
-            multipliers.append(runner.multipliers())
+            multipliers.append(runner.multipliers() / task.loss_scale)
     return Trajectory(torch.stack(losses), torch.stack(violations), torch.stack(multipliers))
 
 

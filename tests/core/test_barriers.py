@@ -191,7 +191,7 @@ def test_noisy_windows_do_not_pull_a_violated_bounds_multiplier_down(rule, dista
     assert rule.learned.item() > 100
 
 
-@given(data=st.data(), unit=st.sampled_from([1e-3, 1.0, 50.0]))
+@given(data=st.data(), unit=st.sampled_from([1e-3, 1.0, 50.0, "auto"]))
 def test_learned_multipliers_stay_finite_and_bounded(data, unit):
     """Whatever is read, and whatever is missing: 0 <= lambda <= the cap, and nothing is ever NaN."""
     for rule in (ModifiedBarrier(unit=unit), AdaptiveBarrier(unit=unit)):
@@ -209,6 +209,42 @@ def test_learned_multipliers_stay_finite_and_bounded(data, unit):
             multiplier = rule.multiplier(z.double(), mu, mu**2)
             assert (multiplier.isfinite() & (multiplier >= 0)).all()
             mu = mu * data.draw(st.sampled_from([0.5, 0.9, 1.0]))
+
+
+@pytest.mark.parametrize("make_rule", [ModifiedBarrier, AdaptiveBarrier])
+def test_a_unit_is_looked_for_while_a_bound_is_violated(make_rule):
+    """It grows by a tenth a window, waits for what comes down, and is found when the bound is first met."""
+    rule, one = make_rule(unit="auto", patience=3), torch.ones(2, dtype=F64)
+    rule.start(2)
+
+    def read(*z):
+        z, noise, known = torch.tensor(z, dtype=F64), torch.full((2,), 0.1, dtype=F64), torch.tensor([True, True])
+        rule.update(Readings(z, z, noise, noise, known), one, one)
+        return rule.units.tolist()
+
+    assert read(1.0, -1.0) == [0.01 * 1.1, 0.01]
+    assert read(1.0, -1.0) == [0.01 * 1.1 * 1.1, 0.01]
+    assert read(0.15, -1.0)[0] == 0.01 * 1.1 * 1.1  # coming down, and within two standard errors
+    first, second = read(1.0, 1.0)
+    assert (first, second) == (pytest.approx(0.01 * 1.1**3), 0.01 * 1.1)
+    for _ in range(40):
+        first, second = read(2.0, -1.0)
+    assert second == 0.01 * 1.1  # met after it had grown: found
+    assert read(-0.01, 1.0) == [first, second]
+    assert read(5.0, 5.0) == [first, second]
+    rule.start(2)
+    for _ in range(200):
+        read(2.0, -1.0)
+    assert rule.units.tolist() == [1e3, 0.01]
+    assert read(2.0, 1.0)[1] == pytest.approx(0.3 * 1e3 * 1.1)  # begins near what another bound needed
+
+
+def test_a_given_unit_stays():
+    rule, one = AdaptiveBarrier(unit=0.2), torch.ones(1, dtype=F64)
+    rule.start(1)
+    for _ in range(50):
+        rule.update(readings(3.0, noise=0.1), one, one)
+    assert rule.units.item() == 0.2
 
 
 @given(mu=mus, z=st.floats(-3, 3), unit=st.floats(1e-3, 1e3))
@@ -337,6 +373,7 @@ def test_dual_ascent_and_augmented_lagrangian_steps():
         (lambda: DualAscent(delay=-1), r"delay=-1; allowed: an integer >= 0"),
         (lambda: ModifiedBarrier(unit=0), r"unit=0; allowed: unit > 0"),
         (lambda: AdaptiveBarrier(unit=math.nan), r"unit=nan; allowed: unit > 0"),
+        (lambda: AdaptiveBarrier(unit="best"), r"unit='best'; allowed: unit > 0, or 'auto'"),
         (lambda: AugmentedLagrangian(0), r"penalty=0; allowed: penalty > 0"),
         (lambda: AugmentedLagrangian(step=2), r"step=2; allowed: 0 < step <= 1"),
     ],

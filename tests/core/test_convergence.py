@@ -222,6 +222,16 @@ def test_the_default_holds_under_sampling_noise(seed):
     assert multipliers.std() < 0.15
 
 
+@pytest.mark.parametrize("loss_scale", [0.05, 20.0])
+def test_the_unit_is_found_whatever_the_loss_is_measured_in(loss_scale):
+    """Asked of the default above with a multiplier of 0.69; here it is 0.035 and 14."""
+    costs, gaps, multipliers = sampled_run(1000, 0, loss_scale, rule=AdaptiveBarrier(unit="auto"))
+    assert abs(costs.mean()) < 0.06
+    assert gaps.mean() < 0.05
+    assert multipliers.mean().item() == pytest.approx(0.69, abs=0.1)
+    assert multipliers.std() < 0.15
+
+
 @pytest.mark.slow
 def test_methods_under_noise_in_order():
     """The plain relaxed barrier keeps its bias and jumps; the default and dual ascent do not."""
