@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -149,7 +150,8 @@ class BarrierObjective:
         self._committed = Committed(
             Bounds(constraints), self.rule, self.schedule, self.estimator, self.noise_floor, self.confidence
         )
-        self._window = Window(len(constraints))
+        mark = zlib.crc32(repr(self._committed.bounds.fingerprint()).encode()) % 2**20  # hash() differs by process
+        self._window = Window(len(constraints), mark)
         self._warned: set[str] = set()
 
     @property
@@ -368,7 +370,7 @@ class BarrierObjective:
         which no rank has measured a sample changes nothing.
 
         Raises:
-            RuntimeError: No call since the last step, on any rank.
+            RuntimeError: No call since the last step, on any rank; other constraints on another rank.
             FloatingPointError: NaN or infinite measurements, with ``nonfinite="raise"``.
             ValueError: A group of one response; a bound that `LogBarrier` finds infeasible.
         """
@@ -381,12 +383,15 @@ class BarrierObjective:
                 )
             return
         self._check_rows(rows)
-        if not self._committed.commit(rows, tick=True) and not bool(rows[:, Column.NONFINITE].any()):
+        committed, expected = self._committed.commit(rows, tick=True), self._window.expected
+        self._window.clear()
+        # Only now: one rank may be alone with a warning, which -W error makes an error.
+        self._warn_of_counts(rows, expected)
+        if not committed and not bool(rows[:, Column.NONFINITE].any()):
             self._warn_once(
                 "empty",
                 "a window without a single sample: estimates, multipliers and schedule stay as they were.",
             )
-        self._window.clear()
 
     def calibrate(self, measurements: Measurements) -> None:
         """Measure before the first window, so that it already has scales and multipliers.
@@ -409,7 +414,7 @@ class BarrierObjective:
         with torch.no_grad():
             self._check_call(measurements, {}, 1, how="calibrate")
             measured = self._measure(measurements)
-        window = Window(len(self.constraints))
+        window = Window(len(self.constraints), self._window.mark)
         window.add(_rows(measured), {})
         _, rows = window.reduce(self.process_group)
         self._check_rows(rows)
@@ -595,9 +600,11 @@ class BarrierObjective:
         return loss_divisor * (ranks if self.gradient_reduction == "mean" else 1) / n
 
     def _check_rows(self, rows: Tensor) -> None:
+        check_rows(self._committed.bounds.names, rows, raise_nonfinite=self.nonfinite == "raise")
+
+    def _warn_of_counts(self, rows: Tensor, expected: Mapping[int, int | Tensor]) -> None:
         names = self._committed.bounds.names
-        check_rows(names, rows, raise_nonfinite=self.nonfinite == "raise")
-        for k, n in self._window.expected.items():
+        for k, n in expected.items():
             found = int(rows[k, Column.COUNT])
             if found != int(n) and not rows[k, Column.NONFINITE]:
                 self._warn_once(

@@ -112,10 +112,24 @@ class Checkpoints:
             The number of optimizer steps that it had taken.
 
         Raises:
-            ConfigError: There is none, or it is of another run.
+            ConfigError: There is none, or it is of another run; on all processes, wherever it was found.
         """
         step = self._on_main(self._newest_whole)
         path = self._path(step)
+        failure: ConfigError | None = None
+        try:
+            self._restore(path, step)
+        except ConfigError as error:
+            failure = error
+        except Exception as error:  # an edited file may break any part; another node may not see the file at all
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            failure = ConfigError(f"{path} does not fit this run: {what}")
+        failures = [error for error in gather_object([failure]) if error is not None]
+        if failures:
+            raise failures[0]
+        return step
+
+    def _restore(self, path: Path, step: int) -> None:
         state = _read(path)
         if state["step"] != step:
             raise ConfigError(f"{path} is of step {state['step']}; allowed: its own name")
@@ -130,19 +144,15 @@ class Checkpoints:
         absent = [state[name] is None for name in ("objective", "best")]
         if shapes != given or absent != [self.objective is None, self.best is None]:
             raise ConfigError(f"{path} is of another model or of other constraints; allowed: the same options")
-        try:
-            if self.objective is not None:
-                self.objective.load_state_dict(state["objective"])
-            if self.best is not None:
-                self.best.load_state_dict(state["best"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path} does not fit this run: {error}") from error
+        if self.objective is not None:
+            self.objective.load_state_dict(state["objective"])
+        if self.best is not None:
+            self.best.load_state_dict(state["best"])
+        self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for p, value in zip(self.weights, state["weights"], strict=True):
                 p.copy_(value)
         set_random_state(state["random"][self.accelerator.process_index])
-        return step
 
     def _newest_whole(self) -> int:
         """Its step. What is damaged is set aside: it must neither count as a checkpoint nor be lost."""
@@ -154,8 +164,9 @@ class Checkpoints:
             except _Damaged as error:
                 damaged.append(f"{path}: {error}")
                 continue
-            for other in (s for s in steps if s > step):
-                self._path(other).rename(self._path(other).with_suffix(".damaged"))
+            with storage_errors(self.folder):
+                for other in (s for s in steps if s > step):
+                    self._path(other).rename(self._path(other).with_suffix(".damaged"))
             for line in damaged:
                 self.say(f"Warning: damaged checkpoint set aside as *.damaged, going back to step {step}. {line}")
             return step
@@ -174,7 +185,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             try:
                 outcome = [action(), None]
-            except (ConfigError, StorageError) as error:
+            except Exception as error:
                 outcome = [None, error]
         result, failure = broadcast_object_list(outcome)
         if failure is not None:
@@ -204,7 +215,9 @@ def _read(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _Damaged(f"not written by this recipe ({str(error).splitlines()[0]})") from None
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
+    except _Damaged:
+        raise
+    except Exception as error:  # one flipped bit turns plain records into compressed ones: zlib.error, and others
         raise _Damaged(f"not a whole file ({error})") from None
     if not isinstance(state, dict) or state.get("format") != _FORMAT or not state.keys() >= _KEYS:
         raise _Damaged("not a checkpoint of this recipe and version")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launch import finish, start
+from launch import finish, launch, start
 
 
 @pytest.mark.parametrize("how", ["dies", "stays away"])
@@ -20,3 +20,16 @@ def test_a_rank_is_missing(how, tmp_path):
     assert "allowed: the same calls, such as step(), on every rank" in outcome["message"]
     assert outcome["unchanged"]
     assert outcome["window is kept"] == 1
+
+
+def test_constraints_in_another_order(tmp_path):
+    """Their sums would be added up crosswise, and every rank would go its own way."""
+    outcomes = launch("order.py", 2, tmp_path)
+    for outcome in outcomes:
+        assert outcome["messages"][:2] == ["", ""]
+        assert all("constraints differ between the ranks" in message for message in outcome["messages"][2:])
+        assert outcome["windows"] == 0
+    # A warning that is an error on one rank keeps no rank from what the others commit.
+    assert [outcome["warning"][:21] for outcome in outcomes] == ["", "num_samples_in_window"]
+    assert outcomes[0]["warned"] == outcomes[1]["warned"]
+    assert outcomes[0]["warned"][0] == 1

@@ -210,6 +210,37 @@ def test_any_flipped_bit_or_cut_is_found_or_harmless(tmp_path_factory, data):
         assert equal(again.state(), state)
 
 
+def test_a_bit_that_makes_a_record_compressed(three):
+    """The zip directory has no checksum of its own: zlib then fails in a way that is none of zipfile's errors."""
+    folder, states = three
+    path = folder / "step-000003.pt"
+    content = bytearray(path.read_bytes())
+    content[content.find(b"PK\x01\x02") + 10] ^= 8  # method: stored -> deflated
+    path.write_bytes(content)
+    small = Small(folder)
+    assert small.checkpoints.load() == 2
+    assert equal(small.state(), states[2])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run", None),
+        ("weights", [None]),
+        ("optimizer", None),
+        ("random", []),
+        ("random", [{}]),
+        ("step", torch.ones(2)),
+    ],
+)
+def test_an_edited_checkpoint_is_one_clear_error(three, key: str, value: Any):
+    folder, _ = three
+    path = folder / "step-000003.pt"
+    torch.save(torch.load(path, weights_only=True) | {key: value}, path)
+    with pytest.raises(ConfigError, match=r"step-000003.pt does not fit this run: \w+Error"):
+        Small(folder).checkpoints.load()
+
+
 def test_a_checkpoint_of_another_run_is_refused(three):
     folder, _ = three
     for other, message in (
