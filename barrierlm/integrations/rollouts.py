@@ -226,6 +226,9 @@ def unwrapped(model: Any) -> Any:
     Returns:
         The module that has ``generate``, or ``disable_adapter``.
 
+    Raises:
+        Nothing.
+
     Example:
         >>> unwrapped(torch.nn.Linear(1, 1))
         Linear(in_features=1, out_features=1, bias=True)
