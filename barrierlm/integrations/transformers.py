@@ -17,8 +17,8 @@ try:
     from transformers import Trainer, TrainerCallback
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "barrierlm.integrations.transformers needs the package 'transformers', which is not installed; get it with: "
-        "pip install 'barrierlm[transformers]'"
+        f"barrierlm.integrations.transformers needs the package {error.name or 'transformers'!r}, which is not "
+        "installed; get it with: pip install 'barrierlm[transformers]'"
     ) from error
 
 if TYPE_CHECKING:
