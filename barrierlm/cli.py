@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "report":
             from barrierlm.recipes.report import write_report
 
+            if os.environ.get("RANK", "0") != "0":  # started with a launcher: one of the processes writes
+                return 0
             print(f"Written to {write_report(arguments.runs, arguments.output)}")
             return 0
         if arguments.command == "demo":

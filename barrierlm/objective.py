@@ -357,10 +357,10 @@ class BarrierObjective:
             >>> objective.weights["length"] > 0
             True
         """
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # later calls write into the window
             self._check_call(measurements, {}, 1, how="measure")
             measured = self._measure(measurements)
-        self._take(_rows(measured), {})
+            self._take(_rows(measured), {})
 
     def step(self) -> None:
         """Commit the window: reduce its sums over the ranks, update the estimates, set the next multipliers.

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from barrierlm import EMA, BarrierObjective, Constraint  # barrierlm
+from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
 from barrierlm.integrations.logits import entropy
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "runs/accelerate"
@@ -32,9 +32,11 @@ def collate(rows):
 
 loader = torch.utils.data.DataLoader(texts, batch_size=8, shuffle=True, collate_fn=collate)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-objective = BarrierObjective(None, [Constraint("entropy", lower=1.2, scale=1.0)], estimator=EMA(0.3))  # barrierlm
+scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=320)
+limits = [Constraint("entropy", lower=1.2, scale=1.0)]  # barrierlm
+objective = BarrierObjective(None, limits, rule=RelaxedLogBarrier(), schedule=ConstantSchedule(0.05))  # barrierlm
 accelerator.register_for_checkpointing(objective)  # barrierlm
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # not the objective
+model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)  # not the objective
 done, path = 0, Path(folder)
 if (path / "epoch.txt").exists():  # resume
     accelerator.load_state(str(path / "state"))
@@ -49,6 +51,7 @@ for epoch in range(done, 40):
             loss = objective.combine(loss, measurements).loss  # barrierlm
             accelerator.backward(loss)
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:  # barrierlm
                 objective.step()  # barrierlm

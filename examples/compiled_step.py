@@ -8,7 +8,7 @@ import os
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from barrierlm import EMA, BarrierObjective, Constraint  # barrierlm
+from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
 from barrierlm.integrations.logits import entropy
 
 torch.manual_seed(0)
@@ -19,7 +19,9 @@ model = LlamaForCausalLM(  # yours: AutoModelForCausalLM.from_pretrained(...)
 texts = [f"the answer to {i} is {i + 1}" for i in range(100, 228)]
 ids = tokenizer(texts, return_tensors="pt")["input_ids"]
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-objective = BarrierObjective(None, [Constraint("entropy", lower=1.2, scale=1.0)], estimator=EMA(0.3))  # barrierlm
+scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=160)
+limits = [Constraint("entropy", lower=1.2, scale=1.0)]  # barrierlm
+objective = BarrierObjective(None, limits, rule=RelaxedLogBarrier(), schedule=ConstantSchedule(0.05))  # barrierlm
 combine = torch.compiler.disable(objective.combine)  # barrierlm
 
 
@@ -36,8 +38,10 @@ for _ in range(20):
     for batch in ids[torch.randperm(128)].split(16):
         loss_of(batch).backward()
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
         objective.step()  # barrierlm
+print(objective.report())  # barrierlm
 
 model.eval()
 with torch.no_grad():

@@ -9,7 +9,7 @@ import lightning
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from barrierlm import EMA, BarrierObjective, Constraint  # barrierlm
+from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
 from barrierlm.integrations.lightning import BarrierCallback  # barrierlm
 from barrierlm.integrations.logits import entropy
 
@@ -41,12 +41,15 @@ class Module(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=320)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 lightning.seed_everything(0, verbose=False)
 module = Module()
-objective = BarrierObjective(None, [Constraint("entropy", lower=1.2, scale=1.0)], estimator=EMA(0.3))  # barrierlm
+limits = [Constraint("entropy", lower=1.2, scale=1.0)]  # barrierlm
+objective = BarrierObjective(None, limits, rule=RelaxedLogBarrier(), schedule=ConstantSchedule(0.05))  # barrierlm
 trainer = lightning.Trainer(
     accelerator="cpu",
     max_epochs=40,

@@ -15,6 +15,7 @@ from sybil.parsers.markdown import CodeBlockParser
 
 import barrierlm
 from barrierlm import BarrierObjective, Constraint, SplitGradients
+from tests.test_docs import INTEGRATIONS
 
 ROOT = Path(__file__).parent.parent
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -44,6 +45,7 @@ def test_metrics_of_split_gradients_are_documented():
 def test_every_public_name_is_in_the_reference_once():
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     names = [f"{package.__name__}.{name}" for package in (barrierlm, barrierlm_kernels) for name in package.__all__]
+    names += [f"barrierlm.integrations.{module}.{name}" for module, (_, ns) in INTEGRATIONS.items() for name in ns]
     assert sorted(re.findall(r"^::: (\S+)$", text, re.MULTILINE)) == sorted(names)
 
 

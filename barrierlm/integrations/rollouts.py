@@ -19,8 +19,8 @@ try:
     from transformers import GenerationConfig
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "barrierlm.integrations.rollouts needs the package 'transformers', which is not installed; get it with: "
-        "pip install 'barrierlm[transformers]'"
+        f"barrierlm.integrations.rollouts needs the package {error.name or 'transformers'!r}, which is not installed; "
+        "get it with: pip install 'barrierlm[transformers]'"
     ) from error
 
 #: What of a batch is not handed to cost functions as a dataset column.
@@ -225,6 +225,8 @@ def unwrapped(model: Any) -> Any:
 
     Returns:
         The module that has ``generate``, or ``disable_adapter``.
+
+    Raises nothing.
 
     Example:
         >>> unwrapped(torch.nn.Linear(1, 1))

@@ -17,8 +17,8 @@ try:
     from transformers import Trainer, TrainerCallback
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "barrierlm.integrations.transformers needs the package 'transformers', which is not installed; get it with: "
-        "pip install 'barrierlm[transformers]'"
+        f"barrierlm.integrations.transformers needs the package {error.name or 'transformers'!r}, which is not "
+        "installed; get it with: pip install 'barrierlm[transformers]'"
     ) from error
 
 if TYPE_CHECKING:
@@ -35,7 +35,18 @@ Measure = Callable[[Any, Mapping[str, Any], Any], Mapping[str, Tensor | Sampled]
 
 
 class BarrierMixin(SavesObjective, _Base):
-    """Adds constraints to a Trainer class: ``class MyTrainer(BarrierMixin, Trainer)``. See `BarrierTrainer`."""
+    """Adds constraints to a Trainer class: mixin before `transformers.Trainer` or a subclass of it.
+
+    Args:
+        objective: See `BarrierTrainer`, as for ``measure``, ``columns`` and ``num_samples``.
+
+    Raises:
+        TypeError, ValueError: See `BarrierTrainer`.
+
+    Example:
+        >>> from transformers import Seq2SeqTrainer
+        >>> class MyTrainer(BarrierMixin, Seq2SeqTrainer): ...
+    """
 
     def __init__(
         self,
@@ -195,7 +206,8 @@ class BarrierTrainer(BarrierMixin, Trainer):
         ...     objective=BarrierObjective(None, [Constraint("entropy", lower=2.0)]),
         ...     measure=lambda model, inputs, outputs: {"entropy": entropy(outputs.logits, inputs["labels"])},
         ... )
-        >>> result = trainer.train()
+        >>> result = trainer.train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...
         >>> trainer.objective.report()[0].verdict
         'met'
 

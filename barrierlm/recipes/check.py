@@ -106,6 +106,8 @@ def check(options: Options, *, windows: int = 4, as_json: bool = False) -> Check
         found = run_check(workspace, windows)
         if workspace.accelerator.is_main_process and not as_json:
             print_check(workspace.console, found)
+        for problem in found.problems if not workspace.accelerator.is_main_process else ():
+            print(f"process {workspace.accelerator.process_index}: {problem}", file=sys.stderr)
     if workspace.accelerator.is_main_process and as_json:
         print(json.dumps(_finite(dataclasses.asdict(found) | {"ok": found.ok}), indent=2), file=out)
     return found

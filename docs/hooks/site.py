@@ -54,8 +54,6 @@ def on_config(config: Any) -> Any:
     for section in config.nav:
         if "Integrations" in section:
             section["Integrations"] = [found[name] for name in order]
-    if (ROOT / "barrierlm" / "integrations").is_dir():
-        next(s for s in config.nav if "API" in s)["API"].append({"Integrations": "api/integrations.md"})
     results = [path for path in _outside() if path.startswith("benchmarks/") and path.endswith(".md")]
     for title, more in (("Benchmarks", results), ("More", sorted(pages - named))):
         if more:
@@ -64,14 +62,9 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add what lives outside docs/, and the reference of the integrations."""
+    """Add what lives outside docs/."""
     for path in _outside():
         files.append(File.generated(config, _place(path), abs_src_path=str(ROOT / path)))
-    folder = ROOT / "barrierlm" / "integrations"
-    if folder.is_dir():
-        modules = [p.stem for p in sorted(folder.glob("*.py")) if "__all__" in p.read_text(encoding="utf-8")]
-        blocks = [f"::: barrierlm.integrations.{name}" for name in modules if name != "__init__"]
-        files.append(File.generated(config, "api/integrations.md", content="\n\n".join(["# Integrations", *blocks])))
     return files
 
 
@@ -88,7 +81,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         if files.get_file_from_path(_place(path)) is None:
             if image or not (ROOT / path).exists():
                 return match[0]  # the strict build tells
-            return text if text.startswith("`") else f"{text} (`{path}`)"
+            return text if text.startswith("`") else f"`{path}`" if text == path else f"{text} (`{path}`)"
         uri = posixpath.relpath(_place(path), posixpath.dirname(page.file.src_uri) or ".")
         return f"{image}[{text}]({uri}{'#' + anchor if anchor else ''})"
 

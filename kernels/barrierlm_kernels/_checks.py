@@ -12,6 +12,7 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+NUMBERS = (int, float)  # torch.compile before 2.9 cannot trace int | float
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -43,7 +44,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a Python number (a tensor would have to be read back), got {value!r}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive and finite, got {value!r}")

@@ -30,7 +30,7 @@ def rows_per_chunk(hidden: Tensor, vocab: int, dtype: torch.dtype, memory_budget
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast multiplies in on this device; None where it is off or unknown."""
-    if not torch.amp.autocast_mode.is_autocast_available(device.type):
+    if device.type == "meta":  # torch.compile before torch 2.9 cannot trace `is_autocast_available`
         return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
@@ -43,7 +43,7 @@ def matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """For a backward pass that may run inside autocast though its forward did not, or with another dtype."""
-    if not torch.amp.autocast_mode.is_autocast_available(device.type):
+    if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

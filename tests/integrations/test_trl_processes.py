@@ -9,6 +9,7 @@ from tiny_model import tiny_model
 from transformers import AutoModelForCausalLM
 
 from .trl_tools import ROOT, gradients, state_equal, token_logps
+from .trl_two_processes import REFERENCE
 
 pytestmark = pytest.mark.slow
 
@@ -66,5 +67,36 @@ def test_sft(tmp_path):
         nll, tokens = nll - logps.sum(), tokens + int(mask.sum())
         values.append((torch.distributions.Categorical(logits=logits).entropy() * mask).sum(1) / mask.sum(1))
     (nll / tokens + weight * torch.cat(values).mean()).backward()
+    for rank in ranks:
+        torch.testing.assert_close(rank["gradients"][1], gradients(model), rtol=1e-4, atol=1e-6)
+
+
+def test_dpo(tmp_path):
+    """The loss is the mean of micro-batches, which is TRL's; the constraint that of all pairs of both processes."""
+    folder = tiny_model()
+    ranks = run("dpo", folder, tmp_path)
+    assert state_equal(ranks[0]["state"], ranks[1]["state"])
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(REFERENCE)
+    weight = ranks[0]["weights"][1]["value"]
+    assert weight == ranks[1]["weights"][1]["value"] < -0.5
+    losses, windows = [], ([], [])
+    steps = len(ranks[0]["batches"]) // 2
+    for i, batch in ((i, batch) for rank in ranks for i, batch in enumerate(rank["batches"])):
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        labels = ids.masked_fill(batch["completion_mask"] == 0, -100)
+        logps = token_logps(model, ids, mask, labels)[0].sum(1)
+        with torch.no_grad():
+            ref_logps = token_logps(reference, ids, mask, labels)[0].sum(1)
+        won, lost = (logps - ref_logps).chunk(2)
+        windows[i // steps].append(won)
+        if i >= steps:
+            losses.append(-torch.nn.functional.logsigmoid(0.1 * (won - lost)).mean())
+    first, second = (torch.cat(values).mean() for values in windows)
+    assert ranks[0]["report"] == pytest.approx(((0.9 * first + second) / 1.9).item(), rel=1e-5)  # EMA(0.1)
+    assert abs(ranks[0]["report"]) > 1e-2
+    (torch.stack(losses).mean() + weight * second).backward()
     for rank in ranks:
         torch.testing.assert_close(rank["gradients"][1], gradients(model), rtol=1e-4, atol=1e-6)

@@ -9,6 +9,9 @@ import torch.distributed as dist
 from barrierlm import Constraint
 from tests.integrations.trl_tools import Gradients, chosen, entropy, make_trainer
 
+#: Factor of the reference's weights.
+REFERENCE = 1.2
+
 
 def main(kind, model, folder):
     torch.set_num_threads(1)
@@ -25,6 +28,10 @@ def main(kind, model, folder):
         arguments["rows"] = 6
     trainer = make_trainer(kind, model, folder, **arguments)
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 0.0)
+    if kind == "dpo":  # a reference that differs, so that rewards are not 0
+        with torch.no_grad():
+            for p in trainer.ref_model.parameters():
+                p.mul_(REFERENCE)
     commit, weights = trainer._commit, []
     trainer._commit = lambda: (weights.append(trainer.objective.weights), commit())
     if kind in ("grpo", "rloo"):

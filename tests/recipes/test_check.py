@@ -13,6 +13,8 @@ from barrierlm.recipes.data import Tokens
 from barrierlm.recipes.rollout import Rollout
 from barrierlm.recipes.workspace import Workspace, open_workspace
 
+from .tiny import launch
+
 
 def config(tmp_path: Path) -> str:
     path = tmp_path / "config.yaml"
@@ -154,3 +156,15 @@ def test_without_constraints_time_and_memory_are_left(
     assert re.search(r"Time: .* s a step .* Memory: peak [\d.]+ GiB", out)
     with pytest.raises(SystemExit):
         main(["check", config(tmp_path), "--windows", "0"])
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_check(overrides: list[str], tmp_path: Path):
+    """Printed once, of the responses of both; nothing is written."""
+    found = json.loads(launch(2, "check", config(tmp_path), "--json", "--windows=1", *overrides))
+    assert found["ok"]
+    assert found["responses_per_step"] == 8
+    shown = launch(2, "check", config(tmp_path), "--windows=1", *overrides)
+    assert shown.count("The starting model: 8 responses, 8 a step") == 1
+    assert shown.count("No reason found why this run could not work.") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from barrierlm.recipes.finetune import finetune, learning_rate, train
 from barrierlm.recipes.options import OptimOptions, Options
 from barrierlm.recipes.rollout import Rollout
 from barrierlm.recipes.workspace import Workspace, open_workspace
+
+from .tiny import launch
 
 RESULT_KEYS = {"mean", "stderr", "lower", "upper", "satisfied", "censored"}
 
@@ -332,22 +333,6 @@ def test_the_core_does_not_import_the_recipe():
     assert out.stdout.strip() == "set()"
 
 
-def launch(processes: int, overrides: list[str]) -> None:
-    root = Path(__file__).parents[2]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
-    }
-    config = root / "barrierlm" / "recipes" / "configs" / "demo.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
-    command += ["--multi_gpu"] if processes > 1 else []  # its name for torchrun; with --cpu it starts one process
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    command += ["-m", "barrierlm.cli", "finetune", str(config), *overrides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_constraints_under_accumulation_are_one_large_window(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -382,7 +367,7 @@ def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path, lora_r
     for processes, size in ((2, 2), (1, 4)):
         folder = tmp_path / str(processes)
         extra = [f"optim.batch_size={size}", f"rollout.prompts={size}", f"output_dir={folder}", "save_model=false"]
-        launch(processes, [*overrides, *extra, "checkpoint_every=2"])
+        launch(processes, "finetune", "demo", *overrides, *extra, "checkpoint_every=2")
         rows.append(metrics(folder))
     assert len(rows[0]) == len(rows[1]) == 4
     # The first window only measures: its gradient is the task's alone.
@@ -394,7 +379,7 @@ def test_two_processes_train_as_one(overrides: list[str], tmp_path: Path, lora_r
     whole = state["weights"] + (state["best"]["copy"] if lora_rank else [])
     newest.unlink()  # as if stopped after step 2
     extra = ["optim.batch_size=2", "rollout.prompts=2", f"output_dir={tmp_path / '2'}", "save_model=false"]
-    launch(2, [*overrides, *extra, "checkpoint_every=2", "resume=true"])
+    launch(2, "finetune", "demo", *overrides, *extra, "checkpoint_every=2", "resume=true")
     state = torch.load(newest, weights_only=True)
     resumed = state["weights"] + (state["best"]["copy"] if lora_rank else [])
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))

@@ -22,6 +22,8 @@ from barrierlm.recipes.report.charts import POINTS, sections, smooth, thin
 from barrierlm.recipes.report.page import render
 from barrierlm.recipes.report.verdicts import headline, judge
 
+from .tiny import launch
+
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -339,3 +341,10 @@ def test_gradient_balance_adds_up(overrides: list[str], tmp_path: Path):
     assert rest > 0
     whole = math.sqrt(task**2 + rest**2 + 2 * task * rest * cosine)
     assert whole == pytest.approx(lines[0][2]["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_writes(tmp_path: Path):
+    run = write(tmp_path / "run", [row(i, 4.0) for i in range(1, 4)])
+    assert launch(2, "report", str(run)).count("Written to ") == 1
+    assert (run / "report.html").is_file()

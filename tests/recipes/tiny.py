@@ -1,6 +1,9 @@
-"""A tiny language model with its tokenizer and data, and options that make a whole run take a second."""
+"""A tiny language model with its tokenizer and data, options that make a whole run take a second, and processes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -82,3 +85,20 @@ def tiny_overrides(model_folder: Path, data_file: Path, output: Path) -> list[st
         "evaluation.batch_size=4",
         f"output_dir={output}",
     ]
+
+
+def launch(processes: int, *arguments: str) -> str:
+    """What the command printed in that many processes on this CPU."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
+    command += ["--multi_gpu"] if processes > 1 else []  # its name for torchrun; with --cpu it starts one process
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += ["-m", "barrierlm.cli", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

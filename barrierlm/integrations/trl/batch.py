@@ -22,8 +22,7 @@ class Batch:
             and ``label_mask``, all [n, T - 1]; 0 where the label is -100.
         columns: The dataset columns that were asked for, by name: a tensor [n] of numbers, or a list.
 
-    Raises:
-        Nothing.
+    Raises nothing.
 
     Example:
         >>> def entropy(batch):  # a value [n] per sequence: the mean entropy of its tokens
@@ -77,8 +76,7 @@ class PreferenceBatch(Batch):
         ref_chosen_logps: Of the chosen ones under the reference, without gradient.
         ref_rejected_logps: Of the rejected ones.
 
-    Raises:
-        Nothing.
+    Raises nothing.
 
     Example:
         >>> def chosen(batch):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, INTEGERS, check_choice, check_tensor
+from .._checks import FLOATS, INTEGERS, NUMBERS, check_choice, check_tensor
 from .._dispatch import IMPLEMENTATIONS, choose
 from . import op
 from .reference import NUM_COLUMNS
@@ -203,7 +203,7 @@ def _parameter(name: str, value: Any, costs: Tensor) -> Tensor | None:
     """A number as a 0-d tensor beside the costs."""
     if value is None or isinstance(value, Tensor):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a number or a torch.Tensor, got {type(value).__name__}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
