@@ -60,6 +60,7 @@ def test_a_whole_run(overrides: list[str], tmp_path: Path):
         "seconds/costs",
         "seconds/forward",
         "seconds/backward",
+        "seconds/optimizer",
     ):
         assert all(key in row for row in rows), key
     assert rows[0]["constraints/length/value"] == rows[0]["rollout/mean_tokens"]
