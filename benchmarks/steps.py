@@ -1,13 +1,12 @@
 """The problem of the recipe suite: one training step of the demo, whose sampling is timed and whose result is fixed.
 
-Responses are drawn anew in every run, and that is timed; what follows works on the same fixed responses in all versions, so
-that losses and gradients can be compared and no version is lucky with shorter ones.
+Responses are drawn anew in every run, and that is timed; what follows works on the same fixed responses in all
+versions, so that losses and gradients can be compared and no version is lucky with shorter ones.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -40,7 +39,8 @@ class StepProblem:
         from barrierlm.recipes.workspace import build_objective, open_workspace
 
         self.device, self.generates = device, True
-        self.workspace = open_workspace(_options(tiny))
+        with tempfile.TemporaryDirectory() as folder:
+            self.workspace = open_workspace(_options(tiny, Path(folder)))
         self.workspace.console.quiet = True
         self.policy = self.workspace.policy
         self.dtype = self.policy.compute_dtype
@@ -63,7 +63,8 @@ class StepProblem:
         assert self.objective is not None
         zeros = torch.zeros(sum(len(r.ids) for r in self.responses), device=device, requires_grad=True)
         for _ in range(_WINDOWS):
-            self.objective.combine(None, {"length": self.lengths(zeros)})
+            # Had the same responses been measured before, each would be as expected, and all advantages 0.
+            self.objective.combine(None, {"length": self.lengths(zeros, cost=0.8)})
             self.objective.step()
         self.state = self.objective.state_dict()
         self.runs = 0
@@ -100,13 +101,13 @@ class StepProblem:
         sequences += [(r.prompt.prompt_ids, r.ids) for r in self.batch.rollouts]
         return sum(len(prompt) + len(response) for prompt, response in sequences)
 
-    def lengths(self, logps: Tensor) -> Any:
-        """The demo's constraint on the fixed responses, for `BarrierObjective.combine`."""
+    def lengths(self, logps: Tensor, cost: float = 1.0) -> Any:
+        """The demo's constraint on the fixed responses, for `BarrierObjective.combine`: so much for each token."""
         from barrierlm import Sampled
 
         ends = torch.tensor([0, *(len(r.ids) for r in self.responses)], device=self.device).cumsum(0)
         groups = self.batch.groups if self.workspace.options.rollout.responses_per_prompt > 1 else None
-        return Sampled.per_token(torch.ones_like(logps.detach()), logps, ends, groups=groups)
+        return Sampled.per_token(torch.full_like(logps.detach(), cost), logps, ends, groups=groups)
 
     def step(self, forward: Callable[[], Outputs]) -> Callable[[], Outputs]:
         """A whole training step."""
@@ -197,15 +198,14 @@ def _logps(lm: Any, prompt: list[int], response: list[int]) -> Tensor:
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
-def _options(tiny: bool) -> Any:
-    """The demo's options; for the tiny model, those of the recipe's tests."""
+def _options(tiny: bool, folder: Path) -> Any:
+    """The demo's options; for the tiny model, which is written to the folder, those of the recipe's tests."""
     from barrierlm.recipes.config import config_path, load_options
 
     if not tiny:
         return load_options(config_path("demo"))
     from tests.recipes.tiny import make_data, make_model, tiny_overrides
 
-    folder = Path(tempfile.gettempdir()) / f"barrierlm-tiny-{os.getpid()}"
     data = folder / "pairs.jsonl"
     make_model(folder)
     make_data(data)

@@ -167,7 +167,12 @@ def step_tables(rows: list[Row]) -> str:
         for row in timed:
             seconds = row["time_ms"]["median"] / 1e3
             error = max(row.get("relative_error", {}).values(), default=None)
-            cells = [seconds, _ratio(row, NAIVE), row["tokens"] / seconds, row["memory"]["beyond_gradients_bytes"] / 2**20]
+            cells = [
+                seconds,
+                _ratio(row, NAIVE),
+                row["tokens"] / seconds,
+                row["memory"]["beyond_gradients_bytes"] / 2**20,
+            ]
             name = f"**{row['candidate']}**" if row["role"] == "ours" else row["candidate"]
             known = "-" if error is None else f"{error:.0e}"
             lines.append([name, *map(number, cells), known, *(number(row["seconds"][part], 2) for part in PARTS)])

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
-from ..candidate import NAIVE, Candidate, Case
+from ..candidate import NAIVE, SFT, Candidate, Case
 from ..measure import compare
 from ..peers.step import packed_sft, straightforward
 from ..settings import Settings
@@ -14,8 +14,6 @@ from ..steps import StepProblem
 #: 16 steps they are about as long as the data's, as in most of the demo's run.
 CASES = [(16, True), (16, False), (0, True)]
 QUICK = [(0, True), (0, False)]
-SFT = "plain fine-tuning, packed"
-MEMORY = ("beyond_gradients_bytes", "weights and gradients")
 
 
 def measure(tuned: int, generates: bool, made: Callable[[int], StepProblem], settings: Settings, left: int) -> Any:
@@ -39,6 +37,7 @@ def measure(tuned: int, generates: bool, made: Callable[[int], StepProblem], set
 
 def cases(settings: Settings) -> Iterator[Case]:
     """With and without drawing responses, on a fine-tuned and on the starting model."""
+
     @cache
     def made(tuned: int) -> StepProblem:
         return StepProblem(settings.device, tiny=settings.quick, tuned=tuned)
