@@ -80,11 +80,11 @@ def sample_responses(
             output = lm(input_ids=tokens[:, None], attention_mask=mask, position_ids=places, past_key_values=cache)
             logits, cache = output.logits[:, -1], output.past_key_values
     rollouts = []
-    for prompt, tokens in zip(prompts, responses, strict=True):
-        ended = tokens[-1] == end_of_turn
-        text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+    for prompt, ids in zip(prompts, responses, strict=True):
+        ended = ids[-1] == end_of_turn
+        text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         assert isinstance(text, str)
-        rollouts.append(Rollout(prompt, tokens, text, censored=not ended))
+        rollouts.append(Rollout(prompt, ids, text, censored=not ended))
     return rollouts
 
 
@@ -126,6 +126,6 @@ def draw(logits: Tensor) -> Tensor:
 
 
 def _first_above(ends: Tensor, point: Tensor) -> Tensor:
-    """Index [B, 1] of the first of the ascending ``ends`` [B, N] above ``point``: an entry of probability 0 never is."""
+    """Index [B, 1] of the first of the ascending ``ends`` [B, N] above ``point``: one of probability 0 never is."""
     below = torch.minimum(point, torch.nextafter(ends[:, -1:], torch.zeros_like(point)))
     return torch.searchsorted(ends, below, right=True)

@@ -64,11 +64,11 @@ def _logits(p: StepProblem, timed: Timed, ids: Tensor, **inputs: Tensor) -> tupl
         entered.enter_context(timed("head"))
 
     head: Any = p.policy.head
-    hooks = [head.register_forward_pre_hook(before), head.register_forward_hook(lambda *_: entered.close())]
-    with timed("forward"), p.policy.autocast():
-        logits = p.policy.lm(input_ids=ids, use_cache=False, **inputs).logits
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        hooks.callback(head.register_forward_pre_hook(before).remove)
+        hooks.callback(head.register_forward_hook(lambda *_: entered.close()).remove)
+        with timed("forward"), p.policy.autocast():
+            logits = p.policy.lm(input_ids=ids, use_cache=False, **inputs).logits
     with timed("head"):
         return logits.float(), hidden[0]
 

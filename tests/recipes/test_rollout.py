@@ -61,6 +61,10 @@ def test_dropping_finished_rows_changes_nothing(policy_and_tokenizer, monkeypatc
     monkeypatch.setattr("barrierlm.recipes.rollout._SEGMENT", 24)
     whole = sample_responses(policy, tokenizer, PROMPTS[:3], end_of_turn=1, max_new_tokens=24)
     assert cut[0] == cut[1] == alone == whole
+    mixed = [2, 0, 1, 0, 2, 2]  # several responses to a prompt, in any order
+    many = sample_responses(policy, tokenizer, [PROMPTS[i] for i in mixed], end_of_turn=1, max_new_tokens=24)
+    assert many == [alone[i] for i in mixed]
+    assert len({tuple(r.ids) for r in alone}) > 1
 
 
 def test_log_probabilities_of_the_packed_forward_are_those_of_generation(policy_and_tokenizer):
