@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 # On a busy machine torch's threads would spin for each other; waiting passively is slower only by a little when idle.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow crash lint bench bench-solvers docs docs-figures docs-options package test-versions install clean
+.PHONY: demo test test-slow crash lint bench bench-guard bench-solvers docs docs-figures docs-options package test-versions install clean
 
 install: $(READY)
 
@@ -44,6 +44,10 @@ bench: $(READY)
 	# Threads that sleep between operations cost small ones twice their time.
 	OMP_WAIT_POLICY=ACTIVE PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.run --suite all --device cpu
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.report
+
+# A few ratios beside the committed ones; fails where one has become worse. Minutes.
+bench-guard: $(READY)
+	OMP_WAIT_POLICY=ACTIVE PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.guard
 
 # Rules for constraints under sampling noise; runs that are done are kept in runs/, so it goes on after an interruption.
 SOLVER_PEERS := cooper-optim|humancompatible-train

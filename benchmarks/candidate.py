@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 #: Rows that others are divided by. Their names are keys in the JSON.
-NAIVE, GEMMS, COPY = "naive PyTorch", "bare GEMMs", "copy"
+NAIVE, GEMMS, COPY, SFT = "naive PyTorch", "bare GEMMs", "copy", "plain fine-tuning, packed"
 
 Outputs = dict[str, Tensor]
 

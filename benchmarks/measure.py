@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .candidate import Candidate, Outputs, Problem
 from .clock import first_line, free_memory, host_wait, milliseconds, peak_memory, synchronize
+from .environment import slug
+from .profiling import profiled
 from .settings import Settings, time_limit
 
 #: A result may be this much further from the fp64 one than plain PyTorch's in the same dtype.
@@ -118,6 +120,10 @@ def compare(
                     refuse_if_wrong(row["relative_error"], naive, problem.dtype)
                 _measure_once(row, candidate, problem, step, memory, inspect)
             ready[candidate.name] = (candidate, step)
+            if settings.profile is not None and candidate.role == "ours":
+                problem.reset(candidate.writes_input)
+                trace = settings.profile / f"{slug(f'{settings.title} {candidate.name}')}.json.gz"
+                settings.say(f"{profiled(step, problem.device, trace)}    {trace}")
         except Refused as error:
             row.update(status="refused", error=str(error))
         except Exception as error:  # whatever it is, it is this candidate's, and belongs in the table

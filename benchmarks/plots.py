@@ -7,7 +7,7 @@ from typing import Any
 from .candidate import GEMMS, NAIVE
 from .measure import SLOW
 from .problems import BOTH
-from .tables import Row, by_case, case_title, number
+from .tables import PARTS, Row, by_case, case_title, number
 
 _COLORS = {"ours": "#c1121f", "naive": "#6c757d", "peer": "#669bbc", "floor": "#adb5bd"}
 _WIDTH = 10.0
@@ -104,3 +104,30 @@ def lines(rows: list[Row], figure: Any) -> None:
         panel.legend(fontsize=7, frameon=False)
     for panel in panels[len(axes) :]:
         panel.set_visible(False)
+
+
+_PART_COLORS = ("#c1121f", "#f4a261", "#003049", "#669bbc", "#588157", "#adb5bd", "#000000")
+
+
+def stacked(rows: list[Row], figure: Any) -> None:
+    """A panel for each case: the parts of a training step, beside each other in one bar for each version."""
+    timed = [row for row in rows if row["status"] == "ok"]
+    cases = by_case(timed, ("model", "start", "responses"))
+    figure.set_size_inches(_WIDTH, sum(0.35 * len(of_case) + 0.8 for of_case in cases.values()) + 0.6)
+    heights = [0.35 * len(of_case) + 0.4 for of_case in cases.values()]
+    panels = figure.subplots(len(cases), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for panel, (values, of_case) in zip(panels, cases.items(), strict=True):
+        ordered = sorted(of_case, key=lambda r: float(r["time_ms"]["median"]))
+        for place, row in enumerate(ordered):
+            left = 0.0
+            for part, color in zip(PARTS, _PART_COLORS, strict=True):
+                panel.barh(place, row["seconds"][part], left=left, color=color, label=part if place == 0 else None)
+                left += row["seconds"][part]
+            panel.text(left * 1.01, place, f"{number(left)} s", va="center", fontsize=7)
+        panel.set_yticks(range(len(ordered)), [row["candidate"] for row in ordered])
+        panel.set_xlim(0, 1.12 * max(sum(row["seconds"].values()) for row in ordered))
+        panel.set_title(", ".join(values), fontsize=9, loc="left")
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(fontsize=7, frameon=False, ncols=len(PARTS), loc="lower right", bbox_to_anchor=(1, 1.1))
+    panels[-1].set_xlabel("seconds of the parts of a step", fontsize=8)

@@ -8,6 +8,7 @@ from typing import Any
 
 from .environment import RESULTS, ROOT
 from .output import load_all, markdown, path_of
+from .plots import save_picture
 from .targets import table_of
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -40,12 +41,18 @@ def updated(text: str, documents: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 if the page is current, or has been made so."""
+    """0 if the page is current, or has been made so; a picture that is missing is drawn."""
     parser = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page is not current")
     arguments = parser.parse_args(argv)
     text = PAGE.read_text(encoding="utf-8")
-    new = updated(text, load_all(RESULTS))
+    documents = load_all(RESULTS)
+    if not arguments.check:
+        for document in documents:
+            picture = path_of(document, RESULTS).with_suffix(".png")
+            if not picture.exists():
+                save_picture(document, picture)
+    new = updated(text, documents)
     if not arguments.check:
         PAGE.write_text(new, encoding="utf-8")
     return int(arguments.check and new != text)

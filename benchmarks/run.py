@@ -1,4 +1,4 @@
-"""Measure: `python -m benchmarks.run --suite head|logits|weights|overhead|scaling|all --device cuda|cpu`.
+"""Measure: `python -m benchmarks.run --suite head|logits|weights|overhead|recipe|scaling|all --device cuda|cpu`.
 
 Writes <suite>-<device>.json, .md and .png to benchmarks/results. With --suite all, and on CUDA always, each suite
 runs in a process of its own; one that dies is started again without the candidate that killed it.
@@ -25,7 +25,7 @@ from .suites import SUITES, suite
 #: Seconds of --suite all on CUDA: ten minutes with what starting and ending takes.
 CUDA_BUDGET = 540.0
 #: How the time of --suite all is divided.
-SHARES = {"head": 0.5, "logits": 0.2, "weights": 0.1, "overhead": 0.05, "scaling": 0.2}
+SHARES = {"head": 0.4, "logits": 0.2, "weights": 0.1, "overhead": 0.05, "recipe": 0.2, "scaling": 0.15}
 
 
 def run_suite(
@@ -42,6 +42,7 @@ def run_suite(
                 if case is not None and case not in title:
                     continue
                 settings.say(f"  {title}")
+                settings.title = f"{name} {title}"
                 document["rows"] += [{"case": one.fields} | row for row in rows_of(one)]
                 save(document, folder)
     except DeviceLost as lost:
@@ -87,6 +88,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--exclude", action="append", default=[], metavar="NAME=REASON", help="leave a candidate out")
     made.add_argument("--no-compile", action="store_true", help="leave out what goes through torch.compile")
     made.add_argument("--no-picture", action="store_true")
+    made.add_argument(
+        "--profile",
+        type=Path,
+        nargs="?",
+        const=Path("runs/profile"),
+        metavar="FOLDER",
+        help="a torch.profiler trace of each of our candidates, and its ten costliest operations (default: %(const)s)",
+    )
     made.add_argument("--here", action="store_true", help="in this process, whatever happens to it")
     made.add_argument("--progress", type=Path, metavar="FILE", help="always names the candidate that runs")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -105,6 +114,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         only=tuple(arguments.only),
         exclude=dict(text.split("=", 1) for text in arguments.exclude),
         compile=not arguments.no_compile,
+        profile=arguments.profile,
         progress=arguments.progress,
     )
 

@@ -25,6 +25,8 @@ class Settings:
             candidate and the naive one alone.
         exclude: candidates that must not run here, with the reason.
         compile: whether candidates that go through torch.compile take part.
+        profile: a folder for traces of our own candidates, whose costliest operations are printed too.
+        title: what runs, for the names of the traces.
         progress: a file that always names the candidate that runs, for whoever finds this process dead.
     """
 
@@ -36,6 +38,8 @@ class Settings:
     exclude: dict[str, str] = field(default_factory=dict)
     compile: bool = True
     quiet: bool = False
+    profile: Path | None = None
+    title: str = ""
     progress: Path | None = None
     started: float = field(default_factory=time.monotonic)
 

@@ -154,6 +154,33 @@ def overhead_table(rows: list[Row]) -> str:
     return "\n\n".join(part for part in (markdown_table(header, body), *parts) if part)
 
 
+#: The parts of a training step, in their order.
+PARTS = ("generation", "costs", "forward", "head", "backward", "optimizer", "objective")
+
+
+def step_tables(rows: list[Row]) -> str:
+    """A table for each case of the recipe suite: time, tokens per second, memory and the parts in seconds."""
+    shape, tables = ("model", "start", "responses"), []
+    for values, of_case in by_case(rows, shape).items():
+        timed = sorted((r for r in of_case if r["status"] == "ok"), key=lambda r: float(r["time_ms"]["median"]))
+        lines = []
+        for row in timed:
+            seconds = row["time_ms"]["median"] / 1e3
+            error = max(row.get("relative_error", {}).values(), default=None)
+            cells = [
+                seconds,
+                _ratio(row, NAIVE),
+                row["tokens"] / seconds,
+                row["memory"]["beyond_gradients_bytes"] / 2**20,
+            ]
+            name = f"**{row['candidate']}**" if row["role"] == "ours" else row["candidate"]
+            known = "-" if error is None else f"{error:.0e}"
+            lines.append([name, *map(number, cells), known, *(number(row["seconds"][part], 2) for part in PARTS)])
+        header = ["", "s", "÷ naive", "tokens/s", "MiB beyond weights and gradients", "error", *PARTS]
+        tables += [f"**{case_title(shape, values)}**", markdown_table(header, lines), not_run(of_case)]
+    return "\n\n".join(part for part in tables if part)
+
+
 def scaling_table(rows: list[Row]) -> str:
     """A line for each point, a column for each candidate: milliseconds, and the ratio to the naive one."""
     parts = []

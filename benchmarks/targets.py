@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .candidate import GEMMS, NAIVE
+from .candidate import GEMMS, NAIVE, SFT
 from .problems import BOTH
 from .tables import Row, by_case, case_title, markdown_table, number
 
@@ -28,6 +28,8 @@ def targets_of(document: dict[str, Any]) -> list[Target]:
         ("weights", "cpu"): _weights_on_cpu,
         ("weights", "cuda"): _weights_on_cuda,
         ("overhead", "cpu"): _overhead_on_cpu,
+        ("recipe", "cpu"): _recipe,
+        ("recipe", "cuda"): _recipe,
     }
     maker = makers.get((document["suite"], document["hardware"]["type"]))
     return list(maker(document["rows"])) if maker else []
@@ -123,6 +125,18 @@ def _overhead_on_cpu(rows: list[Row]) -> Iterator[Target]:
             yield _at_most(f"K = 8, B = 16, {costs}: {what}", own.get(key), 300.0, " µs")
         yield _at_most(f"K = 8, B = 16, {costs}: reads of tensors in a call", own.get("reads_in_call"), 0)
         yield _at_most(f"K = 8, B = 16, {costs}: growth per window", own.get("growth_bytes_per_window"), 0.0, " bytes")
+
+
+def _recipe(rows: list[Row]) -> Iterator[Target]:
+    for (model, start, responses), of_case in by_case(rows, ("model", "start", "responses")).items():
+        own, title = _named(of_case, "recipe"), f"{model}, {start}, responses {responses}"
+        if responses == "drawn":
+            ratio = _median(own, NAIVE)
+            speed = None if ratio is None else 1 / ratio
+            measured = "not measured" if speed is None else number(speed)
+            yield Target(f"{title}: tokens/s ÷ naive", "≥ 1.8", measured, None if speed is None else speed >= 1.8)
+        else:
+            yield _at_most(f"{title}: time ÷ plain fine-tuning on the same packed tokens", _median(own, SFT), 1.1)
 
 
 def _weights_on_cuda(rows: list[Row]) -> Iterator[Target]:

@@ -1,5 +1,6 @@
 """The benchmarks run, refuse what is wrong, list what cannot run, and the page shows the committed results."""
 
+import gzip
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks import gpu, report
+from benchmarks import gpu, guard, report, steps
 from benchmarks.candidate import COPY, GEMMS, NAIVE, Candidate, Case
 from benchmarks.clock import captured, first_line, host_wait, launches, peak_memory, quick_collection
 from benchmarks.costs import WeightsProblem
@@ -16,6 +17,7 @@ from benchmarks.environment import RESULTS
 from benchmarks.isolate import run_isolated, without
 from benchmarks.measure import DeviceLost, compare, errors_of, spread
 from benchmarks.output import load_all, markdown
+from benchmarks.peers.step import straightforward
 from benchmarks.problems import BOTH, FORWARD, HeadProblem, LogitsProblem, lengths_of
 from benchmarks.run import main, rows_of
 from benchmarks.settings import Settings
@@ -342,3 +344,96 @@ def test_gpu_steps_survive_each_other(tmp_path, monkeypatch):
 
 def test_names_of_rows_are_stable():
     assert (NAIVE, GEMMS, COPY, BOTH) == ("naive PyTorch", "bare GEMMs", "copy", "forward+backward")
+
+
+def guarded(ratio, status="ok"):
+    """A result of the weights suite with this ratio, made by hand."""
+    case = {"K": 8, "B": 64, "costs": "per response"}
+    row = {"case": case, "candidate": "constraint_weights", "status": status, "ratio": {NAIVE: {"median": ratio}}}
+    other = row | {"case": case | {"K": 1}, "ratio": {NAIVE: {"median": 99.0}}}
+    return {"suite": "weights", "rows": [other, row]}
+
+
+@pytest.mark.parametrize(
+    ("committed", "measured", "slower"),
+    [
+        (guarded(0.2), [guarded(0.2)], False),
+        (guarded(0.2), [guarded(0.29)], False),
+        (guarded(0.2), [guarded(0.1)], False),
+        (guarded(0.2), [guarded(0.31), guarded(0.31)], True),
+        (guarded(0.2), [guarded(0.31), guarded(0.2)], False),  # noise is not a regression
+        (guarded(0.2), [guarded(float("nan")), guarded(float("nan"))], True),
+        (guarded(0.2), [guarded(0.2, "failed"), guarded(0.2, "failed")], True),
+        (guarded(0.2), [None, None], True),
+        (None, [guarded(9.0)], False),  # nothing to compare with
+    ],
+    ids=["equal", "noisy", "faster", "slower", "slower once", "nan", "failed", "did not run", "not committed"],
+)
+def test_the_guard_tells_a_regression_from_noise(committed, measured, slower):
+    runs = iter(measured)
+    (watched,) = [w for w in guard.WATCHED if w.suite == "weights"]
+    results = {} if committed is None else {"weights": committed}
+    (found,) = guard.compare_with(results, lambda one: next(runs), [watched])
+    assert found.slower == slower
+    assert next(runs, "all used") == "all used"
+
+
+def test_the_guard_exits_with_1_on_a_regression(monkeypatch, capsys):
+    monkeypatch.setattr(guard, "committed_results", lambda folder: {"weights": guarded(0.2)})
+    monkeypatch.setattr(guard, "measure", lambda one: guarded(0.2))
+    assert guard.main([]) == 0
+    assert "not committed, so not compared: head" in capsys.readouterr().out
+    monkeypatch.setattr(guard, "measure", lambda one: guarded(0.5))
+    assert guard.main([]) == 1
+    assert "**slower**" in capsys.readouterr().out
+
+
+def test_what_the_guard_watches_are_cases_of_its_suites():
+    for one in guard.WATCHED:
+        titles = [
+            ", ".join(f"{k} {v}" for k, v in case.fields.items())
+            for case in suite(one.suite).cases(Settings(quiet=True))
+        ]
+        assert one.title in titles
+
+
+def test_profile_writes_a_trace_and_the_costliest_operations(tmp_path, capfd):
+    folder = tmp_path / "traces"
+    command = [*ALONE, "--suite", "overhead", "--profile", str(folder), "--no-picture", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    traces = list(folder.glob("*.json.gz"))
+    assert {path.name for path in traces} == {
+        "overhead-k-2-b-16-costs-per-response-barrierobjective.json.gz",
+        "overhead-k-2-b-16-costs-per-token-barrierobjective.json.gz",
+    }
+    with gzip.open(traces[0]) as file:
+        assert any("aten::" in event["name"] for event in json.load(file)["traceEvents"])
+    shown = capfd.readouterr().err
+    assert "Self CPU" in shown
+    lines = [line for line in shown.split("Self CPU time total")[0].splitlines() if "%" in line]
+    assert len(lines) == 11  # ten, and the header
+
+
+def test_the_recipe_step_and_the_straightforward_one_agree_with_fp64(quick):
+    rows = result_in(quick("recipe"))["rows"]
+    compared = [row for row in rows if row["role"] in ("naive", "ours")]
+    assert len(compared) == 4
+    for row in compared:
+        assert max(row["relative_error"].values()) < 1e-5
+        assert row["tokens"] > 100
+        drawn = row["case"]["responses"] == "drawn"
+        for part in ("forward", "head", "backward", "optimizer", "objective", *(["generation"] if drawn else [])):
+            assert row["seconds"][part] > 0, part
+
+
+def test_the_oracle_of_a_step_sees_a_wrong_gradient(monkeypatch):
+    problem = steps.StepProblem(CPU, tiny=True)
+    problem.generates = False
+    right = problem.lengths
+    which = [Candidate(NAIVE, lambda p: lambda: straightforward(p), role="naive"), Candidate("ours", lambda p: p.ours)]
+    problem.oracle()
+    monkeypatch.setattr(steps.StepProblem, "lengths", lambda p, logps: right(1.5 * logps))
+    rows = compare(which, problem, Settings(repeats=1, quiet=True), memory=False)
+    assert [row["status"] for row in rows] == ["ok", "ok"]  # the naive one sets the limit ...
+    assert rows[0]["relative_error"]["gradient"] > 0.01
+    assert rows[1]["relative_error"]["gradient"] < 1e-5  # ... and ours does not go through it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -144,11 +144,17 @@ def prepare(workspace: Workspace) -> tuple[Any, Any]:
 
 
 def train_step(
-    workspace: Workspace, model: Any, optimizer: Any, objective: BarrierObjective | None, step: int
+    workspace: Workspace,
+    model: Any,
+    optimizer: Any,
+    objective: BarrierObjective | None,
+    step: int,
+    *,
+    clock: Clock | None = None,
 ) -> dict[str, float]:
     """One optimizer step: a window of micro-batches, all sampled before the weights change."""
     accelerator, optim, every = workspace.accelerator, workspace.options.optim, workspace.options.balance_every
-    clock, repeats = Clock(), optim.gradient_accumulation
+    clock, repeats = clock or Clock(), optim.gradient_accumulation
     with clock("generation"):
         window = [collect(workspace, step * repeats + k, sampled=objective is not None) for k in range(repeats)]
     tokens, samples = window_counts(window, accelerator)
@@ -179,7 +185,7 @@ def train_step(
             if accelerator.sync_gradients and every and objective is not None and step % every == 0:
                 with clock("balance"):
                     balance = gradient_balance(workspace, window, accelerator.num_processes / tokens)
-            with clock("backward"):
+            with clock("optimizer"):
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(workspace.policy.trained(), optim.max_grad_norm)
                 optimizer.step()
@@ -187,8 +193,10 @@ def train_step(
             task, total = task + float(task_loss) / repeats, total + float(loss.detach()) / repeats
     metrics = {}
     if objective is not None:
-        objective.step()
-        metrics = objective.metrics() | rollout_metrics(window, accelerator)
+        with clock("objective"):
+            objective.step()
+            metrics = objective.metrics()
+        metrics |= rollout_metrics(window, accelerator)
     sums = accelerator.reduce(torch.tensor([task, total], device=accelerator.device), "sum").tolist()
     metrics |= balance | {
         "loss/task": sums[0] / accelerator.num_processes,
@@ -208,13 +216,21 @@ def learning_rate(step: int, optim: OptimOptions) -> float:
 
 
 class Clock:
-    """Wall-clock seconds by activity."""
+    """Wall-clock seconds by activity; what runs inside another one counts for itself alone.
 
-    def __init__(self) -> None:
+    Args:
+        wait: Called before every look at the clock; a benchmark waits for its device there, training does not.
+    """
+
+    def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._wait = wait
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
+        self._wait()
+        began, before = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[name] += time.perf_counter() - began
+        self._wait()
+        inside = sum(self.seconds.values()) - before
+        self.seconds[name] += time.perf_counter() - began - inside

@@ -14,6 +14,7 @@ SUITES = {
     "logits": "From logits that exist: share of the copy bandwidth.",
     "weights": "From constraint costs to policy weights and statistics: time and launches.",
     "overhead": "BarrierObjective itself, a window of one call: time, reads of tensors, memory left over.",
+    "recipe": "A whole constrained training step of the demo: tokens per second, and where the time goes.",
     "scaling": "How time grows with rows, vocabulary, hidden size, constraints and uneven lengths.",
 }
 

@@ -61,6 +61,7 @@ def test_a_whole_run(overrides: list[str], tmp_path: Path):
         "seconds/costs",
         "seconds/forward",
         "seconds/backward",
+        "seconds/optimizer",
     ):
         assert all(key in row for row in rows), key
     assert rows[0]["constraints/length/value"] == rows[0]["rollout/mean_tokens"]
@@ -129,7 +130,7 @@ def test_the_best_state_is_kept(
         choices.append(self.choice)
 
     monkeypatch.setattr(BestWeights, "update", record)
-    monkeypatch.setattr("barrierlm.recipes.finetune.learning_rate", lambda step, _: 0.1 if step < 5 else 3.0)
+    monkeypatch.setattr("barrierlm.recipes.finetune.learning_rate", lambda step, _: 0.1 if step < 5 else -0.1)
     bounds = [f"constraints.length.lower={lower}", f"constraints.length.upper={upper}", "objective.unit=1"]
     more = ["keep_best=true", "rollout.max_new_tokens=24", "rollout.prompts=16", "optim.steps=8"]
     options = load_options(None, [*overrides, *bounds, *more])
