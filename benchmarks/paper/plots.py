@@ -74,7 +74,7 @@ def ends(rows: list[Row]) -> Any:
     places = [(name, bound, part) for name, part in by_problem(rows).items() for bound in bounds_of(part[0])]
     columns = min(3, len(places))
     lines = -(-len(places) // columns)
-    figure = _figure(4.6 * columns, 3.4 * lines)
+    figure = _figure(4.6 * columns, 3.4 * lines + 0.5)
     panels = figure.subplots(lines, columns, squeeze=False).reshape(-1)
     for panel, (name, bound, part) in zip(panels, places, strict=False):
         for k, group in enumerate(by_method(part)):
@@ -99,7 +99,9 @@ def ends(rows: list[Row]) -> Any:
         _plain(panel)
     for panel in panels[len(places) :]:
         panel.set_visible(False)
-    panels[0].legend(fontsize=7, frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False
+    )
     return figure
 
 
