@@ -172,8 +172,8 @@ def test_the_full_version():
     assert set(METHODS) == {DEFAULT, MM, L3M, AUGMENTED, MODIFIED}
     assert [t.seed for t in tasks if t.method == SFT] == [0, 1, 2]
     assert {t.method for t in stages[0]} == {SFT, PENALTY}  # nothing that needs their rows
-    for task in tasks:
-        load_options(None, task.overrides())
+    for problem in problems.values():
+        load_options(None, next(t for t in tasks if t.problem == problem).overrides())
 
 
 def test_what_failed_holds_up_only_what_needs_it():
@@ -516,6 +516,18 @@ def test_a_run_that_fails_is_told_and_tried_again(tiny, tmp_path, monkeypatch, c
     assert not result_of(tmp_path)["complete"]  # of the quick version two runs are there
 
 
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_a_failed_row(tiny, tmp_path):
+    (tmp_path / "deadly.py").write_text("import os\n\ndef reward(completions):\n    os._exit(9)\n", encoding="utf-8")
+    good = task_of(tiny, SFT, steps=1)
+    bad = dataclasses.replace(good, sources=dataclasses.replace(good.sources, helpful=f"{tmp_path}/deadly.py:reward"))
+    cache = run.Cache(tmp_path / "cache")
+    rows = {row["key"]: row for row in run.run_all([bad, good], cache, processes=2, threads=1)}
+    assert rows[bad.key]["error"] == "the process ended with code 9"
+    assert rows[good.key]["status"] == "ok"
+    assert run.Cache(tmp_path / "cache").rows.keys() == {good.key}  # what failed is tried again
+
+
 def test_a_start_from_sft(tiny, tmp_path):
     """A run of the full version that starts where plain fine-tuning ended, with a window around that."""
     for name in ("model", "pairs.jsonl"):
@@ -572,6 +584,8 @@ def test_targets_of_rows_made_by_hand(done):
     assert found[1][1].startswith("1 of 2: length 16 to 24, seed 0 +2.5%; length 16 to 24, seed 1 +5.0%")
     made[0]["test"]["measures"]["length"]["mean"] = made[1]["test"]["measures"]["length"]["mean"] = 30.0
     assert [line[2] for line in targets(made)][1:3] == ["open", "yes"]
+    many = made + [one(DEFAULT, seed, 4.0, 20.0, 0.1) for seed in (2, 3)]
+    assert targets(many)[0][1] == "3 of 4, not: length 16 to 24, seed 1 25 ± 0.98"  # of many the missed ones are named
     (line,) = search_lines(rows)
     assert line[:3] == ["length 16 to 24", "2", "2.0"]
     assert list(by_problem(rows)) == ["length 16 to 24"]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import slug
-from .experiment import Row
-from .groups import bounds_of, by_method, by_problem, change, name_of, sft_rows
+from .experiment import Row, best_penalty
+from .groups import bounds_of, by_method, by_problem, change, name_of, search, sft_rows
+from .methods import PENALTY
 
 _COLORS = {
     "default": "#c1121f",
@@ -37,8 +38,13 @@ def _plain(panel: Any) -> None:
 
 
 def courses(rows: list[Row]) -> Any:
-    """A column for each method, all seeds: estimates against their bounds, and below the multipliers."""
-    groups = [group for group in by_method(rows) if any(row["status"] == "ok" for row in group)]
+    """A column for each method, all seeds: estimates against their bounds, and below the multipliers.
+
+    Of more than two weights of the penalty, the one that was kept is shown.
+    """
+    tried = search(rows)
+    kept = {name_of(row) for row in (tried if len(tried) <= 2 else [tried[best_penalty(tried)]])}
+    groups = [group for group in by_method(rows) if group[0]["task"]["method"] != PENALTY or name_of(group[0]) in kept]
     bounds = bounds_of(rows[0])
     columns = max(1, len(groups))
     figure = _figure(max(6.0, 2.3 * columns), 1.7 * (len(bounds) + 1) + 0.6)

@@ -112,7 +112,9 @@ def problem_section(name: str, rows: list[Row], plain: dict[int, Row], picture: 
         f"{b.name}{f' ≥ {b.lower:g}' if b.lower is not None else ''}{f' ≤ {b.upper:g}' if b.upper is not None else ''}"
         for b in bounds_of(rows[0])
     ]
-    start = "the SFT run of the same seed" if problem["start"] == "sft" else "the model as it is"
+    start = "the model as it is"
+    if problem["start"] == "sft":
+        start = "the SFT run of the same seed, and so has twice its steps in all"
     parts = [f"### {name}", f"{'; '.join(bounds)}. Starts from {start}; responses end at {problem['cap']} tokens."]
     parts += [f"![{name}]({picture})"] if picture else []
     parts += ["Test prompts:", held_out_table(rows, plain, "test"), "Training:", training_table(rows)]
@@ -212,12 +214,13 @@ def section(document: dict[str, Any], pictures: dict[str, Path], page: Path) -> 
     steps = sorted({row["task"]["steps"] for row in rows})
     seeds = sorted({row["task"]["seed"] for row in rows})
     spent = sum(r["training"]["seconds"] + r["test"]["seconds"] + r["shifted"]["seconds"] for r in good) / 3600
+    cores = sum(row["cpu_seconds"] for row in good) / 3600
     memory = max((row["peak_gb"] for row in good), default=0.0)
     sources = rows[0]["task"]["sources"]
     counts = f"steps {', '.join(map(str, steps))}; seeds {', '.join(map(str, seeds))}"
     what = f"{sources['model']} on {sources['data']}; {counts}"
     at_once = f"{settings['processes'] or 1} at a time with {settings['threads']} thread(s) each"
-    took = f"{len(good)} runs, {spent:.1f} hours of training and evaluation in all, {at_once}"
+    took = f"{len(good)} runs, {spent:.1f} hours of training and evaluation in all ({cores:.1f} of a core), {at_once}"
     short = f" {steps[0]} steps are what the time of the quick version allows, not where SFT's NLL stops falling."
     parts = [
         f"## {'Quick' if settings['quick'] else 'Full'} version, {document['hardware']['name']}",

@@ -7,13 +7,15 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import resource
+import threading
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import lru_cache
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import barrierlm_kernels
@@ -113,14 +115,15 @@ def execute(task: Task, folder: Path, threads: int | None = None) -> Row:
     if threads is not None:
         torch.set_num_threads(threads)
     row = {"key": task.key, "code": fingerprint(), "task": asdict(task), "threads": torch.get_num_threads()}
-    cache = Cache(folder)
+    cache, began = Cache(folder), time.process_time()
     try:
         found = {"status": "ok"} | _run(task, cache)
     except Exception as error:
         traceback.print_exc()
         found = {"status": "failed", "error": traceback.format_exception_only(error)[-1].strip()}
     gc.collect()
-    return row | found
+    # Beside other work the wall clock says little.
+    return row | {"cpu_seconds": round(time.process_time() - began, 1)} | found
 
 
 def _run(task: Task, cache: Cache) -> Row:
@@ -164,17 +167,45 @@ def _load_weights(workspace: Workspace, path: Path) -> None:
 
 
 def run_all(tasks: list[Task], cache: Cache, processes: int, threads: int | None) -> Iterator[Row]:
-    """Rows as they are done, each kept before it is given; with ``processes=0`` in this process."""
-    if not processes:
-        for task in tasks:
-            row = execute(task, cache.folder, threads)
-            cache.add(row)
-            yield row
-        return
-    # A process for each run: the next one starts with a clean memory.
+    """Rows as they are done, each kept before it is given; with ``processes=0`` in this process.
+
+    A run has a process of its own: the next one starts with a clean memory, and one that is killed is a failed row.
+    """
+    waiting, running = list(tasks), dict[Connection, tuple[Task, Any]]()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
-        for future in as_completed([pool.submit(execute, task, cache.folder, threads) for task in tasks]):
-            row = future.result()
+    while waiting or running:
+        if not processes:
+            row = execute(waiting.pop(0), cache.folder, threads)
             cache.add(row)
             yield row
+            continue
+        while waiting and len(running) < processes:
+            task = waiting.pop(0)
+            receiver, sender = context.Pipe(duplex=False)
+            child = context.Process(target=_child, args=(task, cache.folder, threads, sender), daemon=True)
+            child.start()
+            sender.close()  # so that its end is the end of the pipe
+            running[receiver] = task, child
+        for receiver in cast("list[Connection]", wait(list(running))):
+            task, child = running.pop(receiver)
+            try:
+                row = receiver.recv()
+            except EOFError:
+                child.join()
+                row = {"key": task.key, "code": fingerprint(), "task": asdict(task), "status": "failed"}
+                row |= {"error": f"the process ended with code {child.exitcode}"}
+            child.join()
+            cache.add(row)
+            yield row
+
+
+def _child(task: Task, folder: Path, threads: int | None, sender: Connection) -> None:
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    sender.send(execute(task, folder, threads))
+
+
+def _end_with_parent(parent: int) -> None:
+    """A command that was killed and started again must not find its former runs at work on the same files."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

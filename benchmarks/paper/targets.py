@@ -12,6 +12,9 @@ from .methods import DEFAULT, METHODS, MM
 #: NLL over SFT's, for windows that hold SFT's own length and for the others.
 _HELD, _OTHER = 0.03, 0.08
 
+#: So many runs are all named; of more, those that missed.
+_FEW = 3
+
 #: Target, what was measured, "yes", "no" or "open".
 Line = tuple[str, str, str]
 
@@ -34,12 +37,11 @@ def _of(rows: list[Row], method: str) -> dict[int, Row]:
 def _sum_up(target: str, parts: list[tuple[str, bool]]) -> Line:
     if not parts:
         return target, "no run says so yet", "open"
-    kept = sum(ok for _, ok in parts)
-    return (
-        target,
-        f"{kept} of {len(parts)}: " + "; ".join(text for text, _ in parts),
-        "yes" if kept == len(parts) else "no",
-    )
+    missed = [text for text, ok in parts if not ok]
+    shown = [text for text, _ in parts] if len(parts) <= _FEW else missed
+    count = f"{len(parts) - len(missed)} of {len(parts)}"
+    text = f"{count}{', not' if len(parts) > _FEW and shown else ''}{': ' if shown else ''}{'; '.join(shown)}"
+    return target, text, "no" if missed else "yes"
 
 
 def targets(rows: list[Row]) -> list[Line]:
