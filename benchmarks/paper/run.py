@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any, cast
 
 import barrierlm_kernels
 import torch
