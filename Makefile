@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 # On a busy machine torch's threads would spin for each other; waiting passively is slower only by a little when idle.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow crash lint bench bench-guard bench-solvers docs docs-figures docs-options package test-versions install clean
+.PHONY: demo test test-slow crash lint bench bench-guard bench-solvers paper paper-full docs docs-figures docs-options package test-versions install clean
 
 install: $(READY)
 
@@ -56,6 +56,14 @@ bench-solvers: $(READY)
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.solvers run
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.solvers oracle
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.solvers units
+
+# The paper's experiments with a real model: an hour on two cores, or days (a GPU: many hours). Runs that are done are
+# kept in runs/paper, so both go on after an interruption; OPTIONS='--estimate' only says how long they take.
+paper: $(READY)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.paper quick $(OPTIONS)
+
+paper-full: $(READY)
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.paper full $(OPTIONS)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,0 +1,150 @@
+"""`python -m benchmarks.paper quick | full | report`: the paper's experiments with a real model.
+
+`quick` takes about an hour on two cores, `full` many hours of a GPU or days of a CPU; both print an estimate first,
+keep every run when it is done, and go on where they were interrupted. `report` writes docs/paper.md from result files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..environment import RESULTS, ROOT, slug
+from ..output import save
+from . import report
+from .estimate import every_task, message, remaining
+from .experiment import SEEDS, Row, Sources, Task, full, quick
+from .groups import name_of
+from .methods import ABOUT
+from .run import Cache, run_all
+
+PAGE = ROOT / "docs" / "paper.md"
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.paper", description=__doc__)
+    parser.add_argument("command", choices=("quick", "full", "report"))
+    own = Sources()
+    parser.add_argument("--model", default=own.model, help="Hugging Face name or folder")
+    parser.add_argument("--data", default=own.data, help="a .jsonl file with prompt and response, or a dataset")
+    parser.add_argument(
+        "--reward-model",
+        nargs=2,
+        metavar=("HELPFUL", "HARMLESS"),
+        help="sequence classifiers, NAME or NAME#LABEL, in place of sentiment and profanity",
+    )
+    parser.add_argument("--steps", type=int, help="of every run; full: instead of looking for SFT's best")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="full: their number")
+    parser.add_argument("--problems", nargs="+", metavar="NAME", help="full: only these, by the start of their names")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", choices=list(ABOUT), help="only these, and SFT")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of the recipe, for every run"
+    )
+    cores = os.cpu_count() or 1
+    processes = 1 if torch.cuda.is_available() else min(2, cores)
+    parser.add_argument("--processes", type=int, default=processes, help="runs at a time; 0: in this process")
+    parser.add_argument("--threads", type=int, help="of each; default: the cores, shared out")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "paper")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--estimate", action="store_true", help="only say what there is to do and how long it takes")
+    arguments = parser.parse_args(argv)
+    if arguments.threads is None:
+        arguments.threads = max(1, cores // max(1, arguments.processes))
+    return arguments
+
+
+def _wanted(task: Task, arguments: argparse.Namespace) -> bool:
+    """SFT always is, and the runs that the rewards' bounds are made of if one of these problems is."""
+    name, chosen = task.problem.name, arguments.problems
+    if not task.problem.bounds:
+        return True
+    if name.endswith(" only"):
+        return not chosen or any(start.startswith(("helpful", "harmless")) for start in chosen)
+    methods = not arguments.methods or task.method in arguments.methods
+    return methods and (not chosen or any(name.startswith(start) for start in chosen))
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    if arguments.command == "report":
+        if not report.write(arguments.out, arguments.page):
+            print(f"no paper-*.json in {arguments.out}: nothing to report")
+            return 1
+        print(arguments.page)
+        return 0
+    rewards = (
+        {}
+        if arguments.reward_model is None
+        else dict(
+            zip(("helpful", "harmless"), (f"reward_model:{name}" for name in arguments.reward_model), strict=True)
+        )
+    )
+    sources = Sources(arguments.model, arguments.data, extra=tuple(arguments.set), **rewards)
+    cache = Cache(arguments.cache)
+    tried: dict[str, Row] = {}
+
+    def done(task: Task) -> Row | None:
+        return cache.done(task) or tried.get(task.key)
+
+    def plan() -> list[Task]:
+        if arguments.command == "quick":
+            return quick(sources, arguments.steps)
+        found = full(sources, done, arguments.steps, arguments.seeds)
+        return list({task.key: task for task in found}.values())  # SFT's first seed is named twice
+
+    def wanted(tasks: list[Task]) -> list[Task]:
+        return [task for task in tasks if _wanted(task, arguments)]
+
+    def everything() -> list[Task]:
+        return wanted(every_task(arguments.command, sources, done, arguments.steps, arguments.seeds))
+
+    pace = arguments.processes, arguments.threads
+    print(message(everything(), done, *pace), flush=True)
+    if arguments.estimate:
+        return 0
+    while missing := [task for task in wanted(plan()) if done(task) is None]:
+        for row in run_all(missing, cache, *pace):
+            tried[row["key"]] = row
+            tasks = everything()
+            left, minutes = sum(done(task) is None for task in tasks), remaining(tasks, done, *pace) / 60
+            print(f"{_told(row)}; {left} of {len(tasks)} runs left, about {minutes:.0f} min", flush=True)
+            _save(plan(), done, arguments, argv)
+    path = _save(plan(), done, arguments, argv)
+    report.write(arguments.out, arguments.page)
+    print(path, arguments.page, sep="\n")
+    return int(any(row["status"] != "ok" for row in tried.values()))
+
+
+def _told(row: Row) -> str:
+    task = row["task"]
+    name = f"{task['problem']['name']}, {name_of(row)}, seed {task['seed']}"
+    if row["status"] != "ok":
+        return f"{name}: {row['error']}"
+    return f"{name}: NLL {row['test']['nll']:.3f}, {row['test']['verdict'] or 'no bounds'}"
+
+
+def _save(tasks: list[Task], done: Callable[[Task], Row | None], arguments: argparse.Namespace, argv: Any) -> Path:
+    """The result file, with all rows that there are so far."""
+    rows = [row for task in tasks if (row := done(task)) is not None]
+    own = Sources()
+    other = [slug(Path(arguments.model).name)] if arguments.model != own.model else []
+    other += [slug(Path(arguments.data).stem)] if arguments.data != own.data else []
+    other += ["reward-models"] if arguments.reward_model else []
+    settings = {"quick": arguments.command == "quick", "processes": arguments.processes, "threads": arguments.threads}
+    typed = shlex.join(sys.argv[1:] if argv is None else argv)
+    complete = len(rows) == len(tasks) and all(row["status"] == "ok" for row in rows)
+    case = "-".join(other)
+    command = f"python -m benchmarks.paper {typed}"
+    return save(report.new_document(rows, settings, command, complete=complete, case=case), arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

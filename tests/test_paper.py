@@ -1,0 +1,596 @@
+"""The paper's experiments: the grid is what was planned, runs are kept one by one, and the page says what rows say."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("omegaconf")
+
+from barrierlm import AugmentedLagrangian, DualAscent, ExponentialSchedule, ModifiedBarrier, RelaxedLogBarrier
+from barrierlm.learning import AdaptiveBarrier
+from barrierlm.recipes import progress
+from barrierlm.recipes.config import load_options
+from barrierlm.recipes.workspace import build_objective, open_workspace
+from benchmarks.paper import report, run
+from benchmarks.paper.__main__ import main
+from benchmarks.paper.estimate import predicted, remaining
+from benchmarks.paper.evaluate import distance, splits, verdict
+from benchmarks.paper.experiment import (
+    SFT_STEPS,
+    WEIGHTS,
+    WINDOWS,
+    Bound,
+    Problem,
+    Sources,
+    Task,
+    best_penalty,
+    full,
+    quick,
+    window,
+)
+from benchmarks.paper.groups import by_problem
+from benchmarks.paper.methods import (
+    AUGMENTED,
+    DEFAULT,
+    L3M,
+    METHODS,
+    MM,
+    MODIFIED,
+    PENALTY,
+    SFT,
+    UNIT,
+    recipe_options,
+)
+from benchmarks.paper.scores import infeasible_share, inside, of_training, steps_to_feasibility, thinned
+from benchmarks.paper.targets import search_lines, targets
+from tests.recipes.tiny import make_data, make_model
+
+SOURCES = Sources()
+WINDOW = window(16, 24)
+
+
+# ---- the grid
+
+
+def test_the_quick_version():
+    tasks = quick(SOURCES)
+    assert [(t.method, t.weight) for t in tasks if t.problem.bounds] == [
+        (DEFAULT, None),
+        (MM, None),
+        (L3M, None),
+        (PENALTY, pytest.approx(0.018)),
+        (PENALTY, pytest.approx(0.18)),
+    ]
+    assert [t.method for t in tasks if not t.problem.bounds] == [SFT]
+    assert {t.problem.bounds for t in tasks} == {(), (Bound("length", "length", 16, 24),)}
+    assert {(t.seed, t.steps, t.max_pairs, t.problem.cap) for t in tasks} == {(0, 44, 4000, 48)}
+
+
+def test_methods_differ_in_the_objective_alone():
+    def rest(task):
+        options = dataclasses.asdict(load_options(None, task.overrides()))
+        return {key: value for key, value in options.items() if key not in ("objective", "constraints")}
+
+    first, *others = (rest(task) for task in quick(SOURCES))
+    assert all(other == first for other in others)
+    objectives = [load_options(None, t.overrides()).objective for t in quick(SOURCES)]
+    assert len({(o.unit, str(o.estimator_options), o.estimator) for o in objectives}) == 1
+    demo = dataclasses.asdict(load_options("demo"))
+    for part in ("model", "optim"):
+        assert first[part] == demo[part]
+    assert first["data"] == demo["data"]
+    assert first["rollout"]["prompts"] == demo["rollout"]["prompts"]
+    assert first["evaluation"]["prompts"] >= 256
+
+
+@pytest.mark.parametrize("bounds", WINDOWS)
+def test_the_cap_is_at_least_twice_the_upper_bound(bounds):
+    assert window(*bounds).cap >= 2 * bounds[1]
+    load_options(None, Task(window(*bounds), DEFAULT, 0, 10, SOURCES).overrides())  # the recipe refuses less
+
+
+def fake(nll=3.9, length=18.0, helpful=0.2, harmless=0.9, verdict="met", violation=0.0, **more):
+    """A row as far as the plan looks at it."""
+    values = {"length": length, "helpful": helpful, "harmless": harmless}
+    test = {"nll": nll, "verdict": verdict, "violation": violation}
+    return {
+        "status": "ok",
+        "test": test | {"measures": {k: {"mean": v, "stderr": 0.5} for k, v in values.items()}},
+    } | more
+
+
+class Fake:
+    """Runs that are done at once; ``falls_until`` is the number of steps with the lowest validation NLL."""
+
+    def __init__(self, falls_until=400):
+        self.falls_until, self.rows = falls_until, {}
+
+    def run(self, task):
+        nll = abs(math.log(task.steps / self.falls_until))
+        row = fake(validation_nll=nll)
+        if task.problem.name == "helpful only":
+            row = fake(helpful=0.8)
+        if task.problem.name == "harmless only":
+            row = fake(harmless=0.98)
+        if task.method == PENALTY and task.weight == WEIGHTS[2]:
+            row = fake(nll=3.0)
+        self.rows[task.key] = row
+
+    def stage(self, **options):
+        """The tasks that are new, all run."""
+        new = [t for t in full(SOURCES, lambda t: self.rows.get(t.key), **options) if t.key not in self.rows]
+        for task in new:
+            self.run(task)
+        return new
+
+    def all(self, **options):
+        stages = []
+        while stage := self.stage(**options):
+            stages.append(stage)
+        return stages
+
+
+def test_sft_is_trained_until_its_held_out_nll_stops_falling():
+    stages = Fake(falls_until=400).all(seeds=1)
+    tried = [t.steps for stage in stages for t in stage if t.method == SFT]
+    assert tried == [100, 200, 400, 800]
+    assert all(len(stage) == 1 for stage in stages[:4])  # one after the other: the next may not be needed
+    assert {t.steps for stage in stages for t in stage if t.problem.bounds} == {400}
+    longest = Fake(falls_until=10**6).all(seeds=1)
+    assert {t.steps for stage in longest for t in stage if t.problem.bounds} == {SFT_STEPS[-1]}
+
+
+def test_the_full_version():
+    stages = Fake().all(steps=50)
+    tasks = [t for stage in stages for t in stage]
+    assert len({t.key for t in tasks}) == len(tasks)
+    problems = {t.problem.name: t.problem for t in tasks if t.problem.bounds}
+    assert [problems[f"length {a} to {b}"].bounds[0][2:] for a, b in WINDOWS] == [tuple(w) for w in WINDOWS]
+    assert problems["helpful"].bounds == (Bound("helpful", "helpful", lower=0.5),)  # halfway from 0.2 to 0.8
+    assert problems["harmless"].bounds == (Bound("harmless", "harmless", lower=0.94),)
+    assert problems["helpful and harmless"].bounds == problems["helpful"].bounds + problems["harmless"].bounds
+    assert problems["infeasible together"].bounds == (
+        Bound("short", "length", upper=8),
+        Bound("long", "length", lower=20),
+    )
+    (feasible,) = (p for p in problems.values() if p.start == "sft")
+    assert feasible.bounds[0][2:] == (13, 23)  # holds SFT's 18
+    for problem in problems.values():
+        if problem.name.endswith("only"):
+            continue
+        own = [t for t in tasks if t.problem == problem]
+        for method in METHODS:
+            assert sorted(t.seed for t in own if t.method == method) == [0, 1, 2]
+        assert [t.weight for t in own if t.method == PENALTY and t.seed == 0] == list(WEIGHTS)
+        # With the other seeds the best of them, once it is known.
+        assert [(t.seed, t.weight) for t in own if t.method == PENALTY and t.seed] == [(1, WEIGHTS[2]), (2, WEIGHTS[2])]
+    assert set(METHODS) == {DEFAULT, MM, L3M, AUGMENTED, MODIFIED}
+    assert [t.seed for t in tasks if t.method == SFT] == [0, 1, 2]
+    assert {t.method for t in stages[0]} == {SFT, PENALTY}  # nothing that needs their rows
+    for problem in problems.values():
+        load_options(None, next(t for t in tasks if t.problem == problem).overrides())
+
+
+def test_what_failed_holds_up_only_what_needs_it():
+    runs = Fake()
+    runs.stage(steps=50, seeds=1)
+    (only,) = (k for k, r in runs.rows.items() if r["test"]["measures"]["helpful"]["mean"] == 0.8)
+    runs.rows[only] = {"status": "failed"}
+    names = {t.problem.name for stage in runs.all(steps=50, seeds=1) for t in stage}
+    assert "harmless" in names
+    assert "length 8 to 12" in names
+    assert not names & {"helpful", "helpful and harmless"}
+
+
+def test_keys_tell_runs_apart():
+    task = quick(SOURCES)[0]
+    others = [
+        dataclasses.replace(task, seed=1),
+        dataclasses.replace(task, steps=45),
+        dataclasses.replace(task, method=MM),
+        dataclasses.replace(task, problem=window(16, 25)),
+        dataclasses.replace(task, sources=Sources(extra=("optim.momentum=0.9",))),
+    ]
+    assert len({t.key for t in (task, *others)}) == 6
+    assert task.key == quick(SOURCES)[0].key
+
+
+# ---- the methods
+
+
+def objective_of(method, weight=None, problem=WINDOW):
+    return build_objective(load_options(None, Task(problem, method, 0, 44, SOURCES, weight).overrides()))
+
+
+@pytest.mark.parametrize("weight", [0.006, 0.18, 10.0])
+def test_the_penalty_is_a_hinge_of_a_fixed_weight(weight):
+    objective = objective_of(PENALTY, weight)
+    z = torch.tensor([-3.0, -0.1, -0.01, 0.0, 1e-3, 0.1, 5.0], dtype=torch.float64, requires_grad=True)
+    mu = torch.full_like(z, objective.schedule.mu).detach()
+    s = torch.full_like(mu, objective.rule.s)
+    multiplier = objective.rule.multiplier(z.detach(), mu, s)
+    torch.testing.assert_close(multiplier[3:], torch.full((4,), weight, dtype=torch.float64))
+    assert (multiplier[:3] <= 1.1e-4 * weight).all()
+    slopes = torch.autograd.grad(objective.rule.value(z, mu, s).sum(), z)[0]
+    torch.testing.assert_close(slopes, multiplier)
+    assert objective.noise_floor == 0
+    assert objective.confidence == 0
+
+
+def test_the_rules_are_those_that_are_named():
+    default, modified, mm = objective_of(DEFAULT), objective_of(MODIFIED), objective_of(MM)
+    assert isinstance(default.rule, AdaptiveBarrier)
+    assert isinstance(modified.rule, ModifiedBarrier)
+    assert default.rule.unit == modified.rule.unit == UNIT
+    assert isinstance(mm.rule, DualAscent)
+    assert (mm.rule.step, mm.rule.cap) == (pytest.approx(0.05 * UNIT), math.inf)
+    augmented = objective_of(AUGMENTED).rule
+    assert isinstance(augmented, AugmentedLagrangian)
+    assert augmented.penalty == pytest.approx(UNIT)
+    paper = objective_of(L3M)
+    assert isinstance(paper.rule, RelaxedLogBarrier)
+    assert isinstance(paper.schedule, ExponentialSchedule)
+    assert paper.rule.s is None  # mu squared
+    assert (paper.schedule.start, paper.schedule.end, paper.schedule.steps) == (1.0, 0.01, 44)
+    assert paper.noise_floor == 0
+    assert objective_of(SFT, problem=Problem(SFT)) is None
+
+
+def test_a_weight_belongs_to_the_penalty():
+    for method, weight in ((MM, 0.1), (PENALTY, None)):
+        with pytest.raises(ValueError, match="weight="):
+            recipe_options(method, 10, weight)
+    with pytest.raises(ValueError, match="method='adam'; allowed: SFT, penalty"):
+        recipe_options("adam", 10)
+
+
+# ---- the scores
+
+
+def lines_of(values, name="length"):
+    return [
+        {
+            "step": i + 1,
+            f"constraints/{name}/value": v,
+            f"constraints/{name}/lower/multiplier": 0.1 * i,
+            f"constraints/{name}/upper/multiplier": None,
+            f"constraints/{name}/scale": 8.0,
+            "rollout/censored": 0.5 if i >= 6 else 0.0,
+            "loss/task": 4.0 - 0.1 * i,
+            "seconds/generation": 2.0,
+            "seconds/backward": 1.0,
+        }
+        for i, v in enumerate(values)
+    ]
+
+
+def test_feasibility_of_a_series_made_by_hand():
+    bounds = [Bound("length", "length", 16, 24)]
+    values = [48, 30, 20, 10, None, 16, 24, 20, 25, 20, 15.9, 24.1]
+    feasible = inside(lines_of(values), bounds)
+    assert feasible == [False, False, True, False, False, True, True, True, False, True, False, False]
+    assert steps_to_feasibility(feasible) == 6  # the swing through the window at step 3 does not count
+    assert infeasible_share(feasible) == pytest.approx(2 / 3)  # of the last three
+    assert steps_to_feasibility([True, True]) is None
+    assert steps_to_feasibility([False] * 9) is None
+    assert steps_to_feasibility([True] * 3) == 1
+    assert infeasible_share([False]) == 1
+    two = [*bounds, Bound("reward", "helpful", lower=0.5)]
+    both = [a | b for a, b in zip(lines_of([20, 20, 20]), lines_of([0.4, 0.5, math.nan], "reward"), strict=True)]
+    assert inside(both, two) == [False, True, False]
+
+
+def test_numbers_of_training_made_by_hand():
+    found = of_training(lines_of([48, 30, 20, 20, 20, 26, 20, 20]), [Bound("length", "length", 16, 24)], 24)
+    assert found["seconds"] == 24
+    assert found["responses"] == 192
+    assert found["task_loss"] == pytest.approx(3.35)
+    assert (found["feasible_at"], found["infeasible_share"]) == (3, 0)
+    assert found["censored"] == 0.5
+    multipliers = found["multipliers"]
+    assert multipliers["constraints/length/lower/multiplier"] == pytest.approx(0.65)
+    assert multipliers["constraints/length/upper/multiplier"] is None
+    assert found["scales"] == {"length": 8}
+    assert found["series"]["constraints/length/value"][:3] == [48, 30, 20]
+    plain = of_training(lines_of([None] * 8), [], 24)
+    assert plain["responses"] == 0
+    assert "feasible_at" not in plain
+
+
+def test_long_series_are_averaged():
+    assert thinned([1.0, 3.0, None, 5.0, None, None], 3) == [2.0, 5.0, None]
+    assert thinned([1.0, 2.0], 100) == [1.0, 2.0]
+    assert thinned([]) == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "expected"),
+    [
+        (20, 3, "met"),
+        (23, 3, "met?"),
+        (20, 9, "met?"),
+        (25, 3, "missed?"),
+        (15, 20, "missed?"),
+        (28, 3, "missed"),
+        (10, 3, "missed"),
+    ],
+)
+def test_verdicts(mean, half, expected):
+    at = {"mean": mean, "stderr": half / 1.96}
+    inner = {"mean": 0.8, "stderr": 0.1 / 1.96}
+    window = Bound("length", "length", 16, 24)
+    assert verdict({"length": at}, (window,)) == expected
+    assert verdict({"length": at, "helpful": inner}, (window, Bound("r", "helpful", lower=0.5))) == expected
+    assert verdict({"length": at, "helpful": inner}, (window, Bound("r", "helpful", lower=0.95))) == "missed"
+    assert distance(mean, window) == max(0, mean - 24, 16 - mean)
+
+
+def test_the_best_penalty_meets_its_bounds_first():
+    rows = [fake(nll=3.0, violation=0.2), fake(nll=3.9), fake(nll=3.8), {"status": "failed"}]
+    assert best_penalty(rows) == 2
+    assert best_penalty(rows[:1] + rows[3:]) == 0
+
+
+def test_the_estimate_deals_runs_to_processes():
+    tasks = [dataclasses.replace(quick(SOURCES)[0], seed=seed) for seed in range(3)]
+    one = predicted(tasks[0])
+    assert remaining(tasks, lambda t: None, 2, 1) == pytest.approx(2 * one)
+    assert remaining(tasks, lambda t: None, 3, 1) == pytest.approx(one)
+    took = {"loading_seconds": 0, "test": {"seconds": one}, "shifted": {"seconds": one}, "training": {"seconds": one}}
+    row = {"status": "ok"} | took
+    assert remaining(tasks, lambda t: row if t.seed == 0 else None, 1, 1) == pytest.approx(6 * one)
+
+
+# ---- runs, and the page
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paper")
+    make_model(folder / "model")
+    make_data(folder / "pairs.jsonl")
+    return folder
+
+
+SMALL = ["model.dtype=float32", "model.lora_rank=2", "data.heldout_share=0.3", "data.max_prompt_tokens=8"]
+SMALL += ["rollout.prompts=4", "optim.batch_size=4", "evaluation.pairs=8", "evaluation.prompts=8", "checkpoint_every=2"]
+
+
+def command(tiny: Path, *arguments: str, steps: int = 4) -> list[str]:
+    places = {
+        "--model": "model",
+        "--data": "pairs.jsonl",
+        "--cache": "cache",
+        "--out": "out",
+        "--page": "docs/paper.md",
+    }
+    found = [*arguments, "--steps", str(steps), "--processes", "0"]
+    for option, place in places.items():
+        found += [option, str(tiny / place)]
+    return [*found, "--set", *SMALL]
+
+
+def result_of(tiny: Path):
+    (path,) = (tiny / "out").glob("*.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def task_of(tiny: Path, method=DEFAULT, steps=4) -> Task:
+    sources = Sources(str(tiny / "model"), str(tiny / "pairs.jsonl"), extra=tuple(SMALL))
+    return next(t for t in quick(sources, steps) if t.method == method)
+
+
+@pytest.fixture(scope="module")
+def done(tiny):
+    """The quick version, run once."""
+    assert main(command(tiny, "quick")) == 0
+    return tiny
+
+
+def test_every_run_leaves_its_row(done):
+    document = result_of(done)
+    assert document["complete"]
+    assert document["settings"]["quick"]
+    assert [row["key"] for row in document["rows"]] == [t.key for t in quick(task_of(done).sources, 4)]
+    for row in document["rows"]:
+        assert row["status"] == "ok"
+        for split in ("test", "shifted"):
+            part = row[split]
+            assert part["perplexity"] == pytest.approx(math.exp(part["nll"]))
+            assert part["measures"].keys() == {"length", "helpful", "harmless"}
+            assert 0 <= part["measures"]["harmless"]["mean"] <= 1
+            assert 0 <= part["censored"] <= 1
+        assert row["training"]["responses"] == (16 if row["task"]["problem"]["bounds"] else 0)
+    plain = document["rows"][-1]
+    assert "validation_nll" in plain
+    assert (plain["test"]["verdict"], plain["test"]["violation"]) == (None, 0)
+    # All see the same first responses.
+    firsts = {row["training"]["series"]["constraints/length/value"][0] for row in document["rows"][:-1]}
+    assert len(firsts) == 1
+    assert len({row["test"]["nll"] for row in document["rows"]}) == 6
+    assert len({json.dumps(row["splits"]) for row in document["rows"]}) == 1
+
+
+def test_the_splits_share_no_conversation(done):
+    options = load_options(None, task_of(done, SFT).overrides())
+    workspace = open_workspace(options)
+    parts = splits(workspace) | {"train": workspace.train}
+    origins = {name: {t.pair.origin for t in part} for name, part in parts.items()}
+    assert all(not origins["train"] & origins[name] for name in ("test", "validation", "shifted"))
+    assert not origins["test"] & origins["validation"]
+    assert parts["test"] == workspace.heldout
+    assert min(len(t.prompt_ids) for t in parts["shifted"]) > 8 >= max(len(t.prompt_ids) for t in parts["test"])
+    weights = [torch.full_like(p, 0.25) for p in workspace.policy.trained()]
+    path = done / "weights.pt"
+    with pytest.raises(FileNotFoundError, match="delete the row of SFT"):
+        run._load_weights(workspace, path)
+    torch.save(weights, path)
+    run._load_weights(workspace, path)
+    assert all(torch.equal(p, w) for p, w in zip(workspace.policy.trained(), weights, strict=True))
+
+
+def test_what_is_done_is_not_done_again(done, monkeypatch):
+    ran = []
+    original = run.execute
+
+    def execute(task, folder, threads=None):
+        ran.append(task.method)
+        return original(task, folder, threads)
+
+    monkeypatch.setattr(run, "execute", execute)
+    before = result_of(done)["rows"]
+    assert main(command(done, "quick")) == 0
+    assert ran == []
+    assert result_of(done)["rows"] == before
+    file = done / "cache" / "rows.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    gone = next(i for i, line in enumerate(lines) if json.loads(line)["task"]["method"] == MM)
+    # One row is gone, and another was cut off while it was written.
+    cut = next(i for i, line in enumerate(lines) if json.loads(line)["task"]["method"] == L3M)
+    rest = [line for i, line in enumerate(lines) if i not in (gone, cut)]
+    file.write_text("\n".join(rest) + "\n" + lines[cut][:80], encoding="utf-8")
+    assert main(command(done, "quick")) == 0
+    assert ran == [MM, L3M]
+    after = result_of(done)["rows"]
+    assert [row["test"]["nll"] for row in after] == [row["test"]["nll"] for row in before]
+
+
+def test_rows_of_other_code_do_not_count(done, monkeypatch):
+    task = task_of(done)
+    assert run.Cache(done / "cache").done(task) is not None
+    monkeypatch.setattr(run, "fingerprint", lambda: "other")
+    assert run.Cache(done / "cache").done(task) is None
+
+
+def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch):
+    task = task_of(done)
+    write = progress.MetricsFile.write
+
+    def interrupted(self, step, metrics):
+        if step == 4:
+            raise KeyboardInterrupt
+        write(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.MetricsFile, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.execute(task, tmp_path)
+    folder = run.Cache(tmp_path).home(task)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002.pt"]
+    steps = []
+    monkeypatch.setattr(
+        progress.MetricsFile, "write", lambda self, step, metrics: (steps.append(step), write(self, step, metrics))
+    )
+    row = run.execute(task, tmp_path)
+    assert steps == [3, 4]
+    whole = next(r for r in result_of(done)["rows"] if r["key"] == task.key)
+    for split in ("test", "shifted"):
+        assert {k: v for k, v in row[split].items() if k != "seconds"} == {
+            k: v for k, v in whole[split].items() if k != "seconds"
+        }
+    assert row["training"]["series"] == whole["training"]["series"]
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_a_run_that_fails_is_told_and_tried_again(tiny, tmp_path, monkeypatch, capsys):
+    for name in ("model", "pairs.jsonl"):
+        (tmp_path / name).symlink_to(tiny / name)
+
+    def broken(*_, **__):
+        raise RuntimeError("the loss is not finite")
+
+    arguments = command(tmp_path, "quick", "--methods", MM)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", broken)
+        assert main(arguments) == 1
+    assert "MM, seed 0: RuntimeError: the loss is not finite" in capsys.readouterr().out
+    assert not result_of(tmp_path)["complete"]
+    assert "RuntimeError: the loss is not finite" in (tmp_path / "docs" / "paper.md").read_text(encoding="utf-8")
+    assert main(arguments) == 0
+    assert [row["status"] for row in result_of(tmp_path)["rows"]] == ["ok", "ok"]
+    assert not result_of(tmp_path)["complete"]  # of the quick version two runs are there
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_a_failed_row(tiny, tmp_path):
+    (tmp_path / "deadly.py").write_text("import os\n\ndef reward(completions):\n    os._exit(9)\n", encoding="utf-8")
+    good = task_of(tiny, SFT, steps=1)
+    bad = dataclasses.replace(good, sources=dataclasses.replace(good.sources, helpful=f"{tmp_path}/deadly.py:reward"))
+    cache = run.Cache(tmp_path / "cache")
+    rows = {row["key"]: row for row in run.run_all([bad, good], cache, processes=2, threads=1)}
+    assert rows[bad.key]["error"] == "the process ended with code 9"
+    assert rows[good.key]["status"] == "ok"
+    assert run.Cache(tmp_path / "cache").rows.keys() == {good.key}  # what failed is tried again
+
+
+def test_a_start_from_sft(tiny, tmp_path):
+    """A run of the full version that starts where plain fine-tuning ended, with a window around that."""
+    for name in ("model", "pairs.jsonl"):
+        (tmp_path / name).symlink_to(tiny / name)
+    arguments = ["full", "--seeds", "1", "--problems", "feasible", "--methods", DEFAULT]
+    assert main(command(tmp_path, *arguments, steps=2)) == 0
+    rows = result_of(tmp_path)["rows"]
+    assert [row["task"]["method"] for row in rows] == [SFT, DEFAULT]
+    bound = Bound(*rows[1]["task"]["problem"]["bounds"][0])
+    assert bound.lower < rows[0]["test"]["measures"]["length"]["mean"] < bound.upper
+    assert rows[1]["task"]["problem"]["start"] == "sft"
+
+
+def test_the_page(done):
+    page = done / "docs" / "paper.md"
+    text = page.read_text(encoding="utf-8")
+    for method in ("**default**", "MM", "L3M plain", "penalty 0.018", "penalty 0.18", "**SFT**"):
+        assert f"| {method} |" in text, method
+    rows = result_of(done)["rows"]
+    own = next(row for row in rows if row["task"]["method"] == DEFAULT)
+    assert f"| **default** | {own['test']['nll']:.3f} |" in text
+    assert f"| **default** | {own['shifted']['nll']:.3f} |" in text
+    for picture in ("ends", "length-16-to-24"):
+        (path,) = (done / "out").glob(f"*-{picture}.png")
+        assert f"](../out/{path.name})" in text
+    page.write_text(text + "\nWhat it says.\n", encoding="utf-8")
+    assert main(command(done, "report")) == 0
+    assert page.read_text(encoding="utf-8") == text + "\nWhat it says.\n"
+
+
+def test_without_results_there_is_no_page(tmp_path):
+    assert main(["report", "--out", str(tmp_path), "--page", str(tmp_path / "paper.md")]) == 1
+    assert not (tmp_path / "paper.md").exists()
+
+
+def test_targets_of_rows_made_by_hand(done):
+    rows = result_of(done)["rows"]
+
+    def one(method, seed, nll, length, share, upper=24.0):
+        row = next(r for r in rows if r["task"]["method"] == method)
+        row = json.loads(json.dumps(row))
+        row["task"]["seed"] = seed
+        row["test"] |= {"nll": nll, "verdict": "met" if length <= upper else "missed"}
+        row["test"]["measures"]["length"] = {"mean": length, "stderr": 0.5}
+        row["training"]["infeasible_share"] = share
+        return row
+
+    made = [one(SFT, seed, 4.0, 20.0, 0) for seed in (0, 1)]
+    made += [one(DEFAULT, 0, 4.1, 20.0, 0.1), one(MM, 0, 4.2, 20.0, 0.2)]
+    assert [line[2] for line in targets(made)] == ["yes", "yes", "open", "yes", "yes"]
+    made += [one(DEFAULT, 1, 4.2, 25.0, 0.2), one(MM, 1, 4.1, 20.0, 0.3)]
+    found = targets(made)
+    assert [line[2] for line in found] == ["no", "no", "open", "yes", "no"]  # MM's lower NLL beside a missed bound
+    assert found[1][1].startswith("1 of 2: length 16 to 24, seed 0 +2.5%; length 16 to 24, seed 1 +5.0%")
+    made[0]["test"]["measures"]["length"]["mean"] = made[1]["test"]["measures"]["length"]["mean"] = 30.0
+    assert [line[2] for line in targets(made)][1:3] == ["open", "yes"]
+    many = made + [one(DEFAULT, seed, 4.0, 20.0, 0.1) for seed in (2, 3)]
+    assert targets(many)[0][1] == "3 of 4, not: length 16 to 24, seed 1 25 ± 0.98"  # of many the missed ones are named
+    (line,) = search_lines(rows)
+    assert line[:3] == ["length 16 to 24", "2", "2.0"]
+    assert list(by_problem(rows)) == ["length 16 to 24"]
+
+
+def test_reports_say_failed_for_failed_seeds():
+    rows = [fake(), {"status": "failed"}]
+    assert report._each(rows, lambda r: f"{r['test']['nll']:.1f}") == "3.9 / failed"
