@@ -379,6 +379,7 @@ def test_any_sequence_of_calls():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_many_sequences_of_calls():
     run_state_machine_as_test(Machine, settings=settings(max_examples=200, stateful_step_count=50))
 
