@@ -26,7 +26,15 @@ class Reading(NamedTuple):
     known: bool
 
 
-class Readings(NamedTuple):
+class _Vectors(NamedTuple):
+    z: Tensor
+    window_z: Tensor
+    stderr: Tensor
+    noise: Tensor
+    known: Tensor
+
+
+class Readings(_Vectors):
     """What a committed window says about each bound, as vectors [m] in units of the constraints' scales.
 
     ``z`` is the violation at the estimate, ``window_z`` at the mean of the newest window alone (both of the bound as
@@ -35,22 +43,22 @@ class Readings(NamedTuple):
     others hold 0.
     """
 
-    z: Tensor
-    window_z: Tensor
-    stderr: Tensor
-    noise: Tensor
-    known: Tensor
+    _bounds: list[Reading] | None = None
 
     @classmethod
     def of(cls, bounds: list[Reading]) -> Readings:
         """The vectors of what is given bound by bound."""
         flat = torch.tensor([x for column in zip(*bounds, strict=True) for x in column], dtype=torch.float64)
         z, window_z, stderr, noise, known = flat.view(5, -1).unbind()
-        return cls(z, window_z, stderr, noise, known > 0)
+        made = cls(z, window_z, stderr, noise, known > 0)
+        made._bounds = bounds
+        return made
 
     def each(self) -> list[Reading]:
         """Bound by bound: what an update decides differs between bounds, and for few of them numbers are faster."""
-        return [Reading(*numbers) for numbers in zip(*(x.tolist() for x in self), strict=True)]
+        if self._bounds is None:
+            self._bounds = [Reading(*numbers) for numbers in zip(*(x.tolist() for x in self), strict=True)]
+        return self._bounds
 
 
 class Rule(ABC):

@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from .barriers import Reading, Readings, RelaxedLogBarrier, Rule
+from .estimators import vector
 
 #: Where the modified barrier's log is continued by a parabola, as a share of mu.
 _BETA = 0.5
@@ -134,8 +137,9 @@ class _Learner(Rule):
 
     def _keep(self, bounds: list[_Bound]) -> None:
         """What has been learned since, in new tensors."""
-        numbers = torch.tensor([getattr(b, n) for n in self._learned for b in bounds], dtype=torch.float64)
-        for name, column in zip(self._learned, numbers.view(-1, len(bounds)).unbind(), strict=True):
+        columns = zip(*map(attrgetter(*self._learned), bounds), strict=True)
+        numbers = vector([*chain.from_iterable(columns)]).view(-1, len(bounds))
+        for name, column in zip(self._learned, numbers.unbind(), strict=True):
             setattr(self, name, column)
 
     def _coming_down(self, b: _Bound, r: Reading) -> bool:
@@ -324,9 +328,10 @@ class AdaptiveBarrier(_Learner):
         made_of = self.frozen_mu, self.age
         # What is learned is replaced, never changed, so the same tensors are the same numbers.
         if self._made is None or self._made[0] is not made_of[0] or self._made[1] is not made_of[1]:
-            learning = self.learning
-            own = self._grown(self.frozen_mu).masked_fill(~learning, 1.0)
-            self._made = *made_of, (own, learning, int(learning.sum()))
+            frozen = self.frozen_mu.tolist()
+            grown = zip(frozen, self.age.tolist(), strict=True)
+            own = [m * math.sqrt(1 + t / self.decay) if m > 0 else 1.0 for m, t in grown]
+            self._made = *made_of, (vector(own), self.learning, sum(m > 0 for m in frozen))
         return self._made[2]
 
     def _mix(self, relaxed: Callable[[], Tensor], modified: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

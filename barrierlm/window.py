@@ -49,8 +49,10 @@ class Window:
         if rows is None:
             rows = torch.zeros(self.num_constraints, NUM_COLUMNS, dtype=torch.float64)
         ranks = world_size(group)
+        if ranks == 1:
+            return self.calls, rows.to("cpu", torch.float64)
         # Marks cost no collective and no bytes of their own; fp32 (a device without fp64) could not hold them.
-        mark = self.mark if ranks > 1 and rows.dtype == torch.float64 else 0
+        mark = self.mark if rows.dtype == torch.float64 else 0
         first = rows.new_full((1,), self.calls + _CALLS * mark)
         flat = sum_over_ranks(torch.cat([first, rows.flatten()]), group).double()
         marks, calls = divmod(int(flat[0]), _CALLS)
