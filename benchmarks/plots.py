@@ -129,5 +129,5 @@ def stacked(rows: list[Row], figure: Any) -> None:
         panel.set_title(", ".join(values), fontsize=9, loc="left")
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize=7, frameon=False, ncols=len(PARTS), loc="lower right", bbox_to_anchor=(1, 1.1))
+    panels[0].legend(fontsize=7, frameon=False, ncols=len(PARTS), loc="lower right", bbox_to_anchor=(1, 1.25))
     panels[-1].set_xlabel("seconds of the parts of a step", fontsize=8)

@@ -140,13 +140,23 @@ def weights_tables(rows: list[Row]) -> str:
 def overhead_table(rows: list[Row]) -> str:
     """A line for each case of the overhead suite, in microseconds."""
     shape = ("K", "B", "costs")
-    header = ["", "by hand", "window", "÷ by hand", "call", "step", "reads in call", "reads in step", "B left a window"]
+    header = [
+        "",
+        "by hand",
+        "window",
+        "÷ by hand",
+        "call",
+        "step",
+        "reads in call",
+        "reads in step",
+        "objects kept a window",
+    ]
     body, parts = [], []
     for values, of_case in by_case(rows, shape).items():
         timed = {row["role"]: row for row in of_case if row["status"] == "ok"}
         own, naive = timed.get("ours"), timed.get("naive")
         if own is not None:
-            keys = ("call_us", "step_us", "reads_in_call", "reads_in_step", "growth_bytes_per_window")
+            keys = ("call_us", "step_us", "reads_in_call", "reads_in_step", "kept_objects_per_window")
             times = [None if row is None else row["time_ms"]["median"] * 1e3 for row in (naive, own)]
             cells = [number(x) for x in (*times, _ratio(own, NAIVE), *(own[key] for key in keys))]
             body.append([f"**{own['candidate']}**, {case_title(shape, values)}", *cells])
