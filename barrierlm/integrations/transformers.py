@@ -12,6 +12,7 @@ from barrierlm import BarrierObjective, Sampled
 from barrierlm.distributed import sum_over_ranks
 
 from .checkpoint import SavesObjective
+from .hooks import ConstrainsLoss
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     class _Base(Trainer):
         """What the mixin's `super()` is, for the type checker."""
 
-        data_collator: Any
 else:
     _Base = object
 
@@ -34,7 +34,7 @@ else:
 Measure = Callable[[Any, Mapping[str, Any], Any], Mapping[str, Tensor | Sampled]]
 
 
-class BarrierMixin(SavesObjective, _Base):
+class BarrierMixin(ConstrainsLoss, SavesObjective, _Base):
     """Adds constraints to a Trainer class: mixin before `transformers.Trainer` or a subclass of it.
 
     Args:
@@ -65,7 +65,7 @@ class BarrierMixin(SavesObjective, _Base):
         if isinstance(columns, str):
             raise TypeError(f"columns={columns!r}; allowed: a list of column names")
         self.objective, self.measure = objective, measure
-        self.columns, self.num_samples = tuple(columns), num_samples
+        self._columns, self.num_samples = tuple(columns), num_samples
         self._window_counts: dict[str, int] = {}
         self._rows_in_window: int | None = None
         self._one_per_row = dict.fromkeys((c.name for c in objective.constraints), True)
@@ -76,18 +76,13 @@ class BarrierMixin(SavesObjective, _Base):
                 f"{self.args.n_gpu} GPUs in one process (DataParallel); allowed: one process per GPU, started with "
                 "torchrun or accelerate launch"
             )
-        if self.columns:
-            self.data_collator = _CollateColumns(self.data_collator, self.columns)
+        self._collate_columns()
         self.add_callback(_Commit(self))
 
     # ---- what a batch is -------------------------------------------------------------------------------
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self.columns if name not in self._signature_columns]
-
     def _for_model(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name not in self.columns}
+        return {name: value for name, value in inputs.items() if name not in self._columns}
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The window's micro-batches, as the Trainer's; counts their samples over all processes."""
@@ -117,9 +112,9 @@ class BarrierMixin(SavesObjective, _Base):
         kwargs["num_items_in_batch"] = num_items_in_batch
         if not torch.is_grad_enabled():  # evaluation: nothing is measured, and eval_loss stays the task's
             return super().compute_loss(model, self._for_model(inputs), return_outputs, **kwargs)
-        missing = [name for name in self.columns if name not in inputs]
+        missing = [name for name in self._columns if name not in inputs]
         if missing:
-            raise ValueError(f"columns={list(self.columns)}, but the dataset has no {missing[0]!r}")
+            raise ValueError(f"columns={list(self._columns)}, but the dataset has no {missing[0]!r}")
         task_loss, outputs = super().compute_loss(model, self._for_model(inputs), return_outputs=True, **kwargs)
         measurements = self.measure(model, inputs, outputs)
         # The window has k micro-batches. training_step divides the loss by k, unless it takes it to be scaled
@@ -135,13 +130,6 @@ class BarrierMixin(SavesObjective, _Base):
         self._task_sum = self._task_sum + out.task_loss / k
         loss = out.loss / factor
         return (loss, outputs) if return_outputs else loss
-
-    def _is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether training_step leaves the loss as it is; says what `Trainer.training_step` says."""
-        own = getattr(self, "loss_is_scaled_for_ga", None)
-        if own is not None:
-            return bool(own)
-        return bool((self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func)
 
     def _expected(self, measurements: Mapping[str, Any], rows: int | None) -> dict[str, int]:
         """``num_samples_in_window``: what ``num_samples`` said, and the rows for what is measured once per row."""
@@ -213,28 +201,6 @@ class BarrierTrainer(BarrierMixin, Trainer):
 
     Source: transformers' Trainer, whose ``compute_loss`` and checkpoint hooks it extends.
     """
-
-
-class _CollateColumns:
-    """A collator that sees only what it knows, with the columns put beside its batch."""
-
-    def __init__(self, collator: Callable[[list[Any]], Any], columns: tuple[str, ...]) -> None:
-        self.collator, self.columns = collator, columns
-
-    def __call__(self, features: list[Mapping[str, Any]]) -> Any:
-        batch = self.collator([{k: v for k, v in row.items() if k not in self.columns} for row in features])
-        for name in self.columns:
-            if all(name in row for row in features):  # an evaluation set may do without
-                batch[name] = _stack([row[name] for row in features])
-        return batch
-
-
-def _stack(values: list[Any]) -> Any:
-    if all(isinstance(value, bool | int | float) for value in values):
-        return torch.tensor(values)
-    if all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values):
-        return torch.stack(values)
-    return values
 
 
 def _rows(batch: Mapping[str, Any]) -> int | None:

@@ -13,7 +13,7 @@ SUITES = {
     "head": "From hidden states to sequence log-probabilities and gradients: time and memory.",
     "logits": "From logits that exist: share of the copy bandwidth.",
     "weights": "From constraint costs to policy weights and statistics: time and launches.",
-    "overhead": "BarrierObjective itself, a window of one call: time, reads of tensors, objects that a window leaves behind.",
+    "overhead": "BarrierObjective itself, a window of one call: time, reads of tensors, objects that are kept.",
     "recipe": "A whole constrained training step of the demo: tokens per second, and where the time goes.",
     "scaling": "How time grows with rows, vocabulary, hidden size, constraints and uneven lengths.",
 }

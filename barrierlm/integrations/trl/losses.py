@@ -12,27 +12,12 @@ from trl import DPOTrainer, SFTTrainer
 
 from barrierlm import BarrierObjective, Constraint
 
+from ..hooks import ConstrainsLoss
 from .base import Commit, ConstrainedTrainer, make_objective
 from .batch import Batch, PreferenceBatch
 
 
-class _KeepColumns:
-    """A collator that passes columns on."""
-
-    def __init__(self, collator: Callable[[list], dict], columns: Sequence[str]) -> None:
-        self.collator, self.columns = collator, columns
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        kept = {name: [example[name] for example in examples] for name in self.columns}
-        rest = [{k: v for k, v in example.items() if k not in kept} for example in examples]
-        numbers = {
-            name: torch.tensor(values) if isinstance(values[0], int | float) else values
-            for name, values in kept.items()
-        }
-        return self.collator(rest) | numbers
-
-
-class ConstrainedLoss(ConstrainedTrainer):
+class ConstrainedLoss(ConstrainsLoss, ConstrainedTrainer):
     r"""Mixin before SFTTrainer or DPOTrainer: minimise the loss, keep averages of what is measured within bounds.
 
     .. math:: \text{loss} + \sum_k w_k \, \text{mean of measurement}_k
@@ -63,8 +48,6 @@ class ConstrainedLoss(ConstrainedTrainer):
     #: Rows of ``input_ids`` that make a sample.
     _rows_per_sample = 1
 
-    data_collator: Any
-
     def __init__(
         self,
         *args: Any,
@@ -90,13 +73,9 @@ class ConstrainedLoss(ConstrainedTrainer):
             for name in self._columns:
                 if name not in (self.train_dataset.column_names or [name]):
                     raise ValueError(f"columns has {name!r}; allowed: those of the dataset, as the trainer prepared it")
-            self.data_collator = _KeepColumns(self.data_collator, self._columns)
+            self._collate_columns()
         self._evaluated: dict[str, Tensor] = {}
         self.add_callback(Commit(self))
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self._columns if name not in self._signature_columns]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The Trainer's micro-batches of a step; how many samples they hold over all ranks is noted."""
@@ -153,13 +132,6 @@ class ConstrainedLoss(ConstrainedTrainer):
         out = self.objective.combine(loss * before, measured, num_samples_in_window=totals, loss_divisor=steps)
         self._measured = True
         return out.loss / before
-
-    def _is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether the loss is one that `Trainer.training_step` does not divide by the accumulation steps."""
-        if getattr(self, "loss_is_scaled_for_ga", None) is not None:
-            return self.loss_is_scaled_for_ga
-        by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return by_items or self.compute_loss_func is not None
 
     def _unwrapped(self, model: nn.Module) -> nn.Module:
         return self.accelerator.unwrap_model(model)
