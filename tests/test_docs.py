@@ -126,7 +126,7 @@ def public():
 def test_the_integrations_are_listed():
     folder = ROOT / "barrierlm" / "integrations"
     modules = {path.stem for path in [*folder.glob("[a-z]*.py"), *folder.glob("[a-z]*/__init__.py")]} - {"__init__"}
-    assert modules | {"trl"} == INTEGRATIONS.keys() | {"checkpoint"}  # which no user imports
+    assert modules | {"trl"} == INTEGRATIONS.keys() | {"checkpoint", "hooks"}  # which no user imports
     assert sorted(INTEGRATIONS["trl"][1]) == integration("trl").__all__
 
 
