@@ -40,6 +40,7 @@ from barrierlm import (
     RelaxedLogBarrier,
     Sampled,
 )
+from barrierlm.objective import _CALLS_BEFORE_WARNING
 
 from .helpers import F64, same, state_of
 
@@ -208,10 +209,14 @@ class Machine(RuleBasedStateMachine):
         if bad is not None and names and values.get(names[0]) and any(counts):
             self.bad.add(names[0])
 
+    #: More calls than this without a step are warned of, which is an error in tests.
+    few_calls = precondition(lambda self: self.calls < _CALLS_BEFORE_WARNING - 1)
+
     numbers = st.tuples(st.integers(0, 99), st.integers(0, 99))
     sizes = st.tuples(st.integers(0, 4), st.integers(0, 4))
     some = st.lists(st.sampled_from(NAMES), unique=True, max_size=3)
 
+    @few_calls
     @rule(seeds=numbers, counts=sizes, names=some)
     def combine(self, seeds, counts, names):
         action, values = self.call(seeds, counts, names, None, "combine")
@@ -225,12 +230,14 @@ class Machine(RuleBasedStateMachine):
     full = st.tuples(st.integers(2, 4), st.integers(0, 4))
     first = st.permutations(NAMES)
 
+    @few_calls
     @rule(seeds=numbers, counts=full)
     def whole_window(self, seeds, counts):
         """What a loop does most of the time."""
         self.combine(seeds, counts, NAMES)
         self.step()
 
+    @few_calls
     @rule(seeds=numbers, counts=full, names=first, bad=st.sampled_from([math.nan, math.inf]))
     def combine_with_a_nan(self, seeds, counts, names, bad):
         action, values = self.call(seeds, counts, names, bad, "combine")
@@ -240,6 +247,7 @@ class Machine(RuleBasedStateMachine):
             assert all(bool(loss.isfinite()) for loss in results[0])
         self.calls += 1
 
+    @few_calls
     @rule(seeds=numbers, count=st.integers(1, 3))
     def linear(self, seeds, count):
         """Per-response costs of one-token sequences, in one pass over a head."""
