@@ -133,7 +133,7 @@ class GradientProbe:
         )
 
     def products(self, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-        """<g_ja, g_jb> and <S_a, g_jb> [J, 2, 2] of all ranks' batches, for task and constraints; S sums over j.
+        """``<g_ja, g_jb>`` and ``<S_a, g_jb>`` [J, 2, 2] of all batches, for task and constraints; S sums over j.
 
         These are all that norms and the jackknife need, so that ranks exchange one sum and never their batches.
         """
