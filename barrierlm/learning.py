@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .barriers import Reading, Readings, RelaxedLogBarrier, Rule
-from .estimators import vector
 
 #: Where the modified barrier's log is continued by a parabola, as a share of mu.
 _BETA = 0.5
@@ -138,7 +137,7 @@ class _Learner(Rule):
     def _keep(self, bounds: list[_Bound]) -> None:
         """What has been learned since, in new tensors."""
         columns = zip(*map(attrgetter(*self._learned), bounds), strict=True)
-        numbers = vector([*chain.from_iterable(columns)]).view(-1, len(bounds))
+        numbers = torch.tensor([*chain.from_iterable(columns)], dtype=torch.float64).view(-1, len(bounds))
         for name, column in zip(self._learned, numbers.unbind(), strict=True):
             setattr(self, name, column)
 
@@ -331,7 +330,7 @@ class AdaptiveBarrier(_Learner):
             frozen = self.frozen_mu.tolist()
             grown = zip(frozen, self.age.tolist(), strict=True)
             own = [m * math.sqrt(1 + t / self.decay) if m > 0 else 1.0 for m, t in grown]
-            self._made = *made_of, (vector(own), self.learning, sum(m > 0 for m in frozen))
+            self._made = *made_of, (torch.tensor(own, dtype=torch.float64), self.learning, sum(m > 0 for m in frozen))
         return self._made[2]
 
     def _mix(self, relaxed: Callable[[], Tensor], modified: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

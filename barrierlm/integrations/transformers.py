@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     class _Base(Trainer):
         """What the mixin's `super()` is, for the type checker."""
-
 else:
     _Base = object
 
