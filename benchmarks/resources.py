@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 #: Modules with a list CONFIGS of all compile-time configurations of their kernels.
-MODULES = ("_rows", "_segments", "constraint_weights")
+MODULES = ("_rows", "_segments", "_scale", "constraint_weights")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

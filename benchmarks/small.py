@@ -21,7 +21,8 @@ def failures(device: torch.device) -> list[str]:
     found: list[str] = []
 
     def check(candidates: Sequence[Candidate], problem: object, what: str) -> None:
-        wanted = [c for c in candidates if c.role in ("naive", "ours")]
+        # The sanitizer runs without torch's cache of memory, and a graph cannot be captured without that.
+        wanted = [c for c in candidates if c.role in ("naive", "ours") and "graph" not in c.name]
         for row in compare(wanted, problem, settings, memory=False):  # type: ignore[arg-type]
             if row["status"] != "ok":
                 found.append(f"{row['candidate']}, {what}: {row['error']}")

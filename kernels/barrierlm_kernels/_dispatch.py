@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,8 @@ import torch
 from ._checks import check_choice
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
+# Looked up once, here: a cached function is one that torch.compile warns of.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class Choice(NamedTuple):
@@ -35,28 +36,31 @@ def which_impl(
 ) -> Choice:
     """Tell which implementation an operation would run for tensors on `device` of `dtype`, and why.
 
-    "auto" is Triton on a CUDA (or ROCm) device where Triton is installed, and the torch reference elsewhere and
-    for fp64, which the kernels do not compute in. The Triton interpreter (TRITON_INTERPRET=1) runs the kernels on
-    the CPU, slowly, for impl="triton" only.
+        "auto" is Triton on a CUDA (or ROCm) device where Triton is installed, and the torch reference elsewhere and
+        for fp64, which the kernels do not compute in. The Triton interpreter (TRITON_INTERPRET=1) runs the kernels on
+        the CPU, slowly, for impl="triton" only.
 
-    Args:
-        impl: "auto", "triton" or "reference", as given to the operation.
-        device: where the tensors are.
-        dtype: of the logits or hidden states.
+        Args:
+            impl: "auto", "triton" or "reference", as given to the operation.
+            device: where the tensors are.
+            dtype: of the logits or hidden states.
 
-    Returns:
-        `Choice(impl, reason)`.
+        Returns:
+            `Choice(impl, reason)`.
 
-    Raises:
-        RuntimeError: impl="triton" cannot run; says why.
-        ValueError: `impl` is none of the three.
+        Raises:
+            RuntimeError: impl="triton" cannot run; says why.
+            ValueError: `impl` is none of the three.
 
-    Example:
-        >>> from barrierlm_kernels import which_impl
-        >>> which_impl("reference").impl
-        'reference'
+        Example:
+            >>> from barrierlm_kernels import which_impl
+            >>> which_impl("reference").impl
+            'reference'
 
-    Source: barrierlm. An explicit choice never falls back.
+    # Looked up once, here: a cached function is one that torch.compile warns of.
+    _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+        Source: barrierlm. An explicit choice never falls back.
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
     device = torch.device(device)
@@ -82,11 +86,6 @@ def _obstacle(device: str, dtype: torch.dtype, *, explicit: bool) -> str | None:
         return "Triton kernels are for CUDA devices"
     if dtype == torch.float64:
         return "the Triton kernels compute in fp32, not in fp64"
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed (pip install 'barrierlm[triton]')"
     return None
-
-
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

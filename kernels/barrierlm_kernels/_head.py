@@ -162,10 +162,14 @@ _PIECE_BYTES = {"cpu": 4 * 2**20}
 _PIECE_BYTES_ACCELERATOR = 64 * 2**20
 
 
+def piece_bytes(device: torch.device) -> int:
+    """Bytes of what goes through the device at a time where all at once would be as large as a gradient."""
+    return _PIECE_BYTES.get(device.type, _PIECE_BYTES_ACCELERATOR)
+
+
 def _piece_rows(total: Tensor) -> int:
     """Rows of a piece of a sum [V, H], whose products have half its width."""
-    piece_bytes = _PIECE_BYTES.get(total.device.type, _PIECE_BYTES_ACCELERATOR)
-    return max(1, 2 * piece_bytes // max(1, total.shape[1] * total.dtype.itemsize))
+    return max(1, 2 * piece_bytes(total.device) // max(1, total.shape[1] * total.dtype.itemsize))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -179,19 +183,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
         for lo, hi in spans(len(total), _piece_rows(total)):
             product = left[lo:hi] @ right
             total[lo:hi].copy_(product) if first else total[lo:hi].add_(product)
-
-
-def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient *= factor (0-d, fp32 or fp64), rounded once, with no copy of the gradient in a wide dtype."""
-    if factor.device.type == "cpu" and factor == 1:  # elsewhere looking would stall the device
-        return gradient
-    if gradient.dtype == factor.dtype:
-        return gradient.mul_(factor)
-    flat = gradient.view(-1)
-    piece = _PIECE_BYTES.get(gradient.device.type, _PIECE_BYTES_ACCELERATOR) // gradient.dtype.itemsize
-    for lo, hi in spans(len(flat), piece):
-        flat[lo:hi] = flat[lo:hi] * factor.reshape(1)  # 0-d, it would be rounded to the gradient's dtype first
-    return gradient
 
 
 @cache

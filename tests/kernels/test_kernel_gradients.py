@@ -3,10 +3,12 @@
 import pytest
 import torch
 from barrierlm_kernels import linear_sequence_logprob, linear_weighted_logprob, sequence_logprob
+from barrierlm_kernels._scale import scale_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_oracle import OPERATIONS, Batch, naive_linear, run
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = [
     {},
     {"temperature": 0.7},
@@ -126,6 +128,22 @@ def test_upstream_scale_reaches_the_weighted_gradient():
     once, thrice = (torch.autograd.grad(out.total * k, hidden, retain_graph=True)[0] for k in (1, 3))
     assert once.abs().max() > 0
     torch.testing.assert_close(3 * once, thrice)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_saved_gradients_are_scaled_in_place_and_rounded_once(impl, dtype):
+    for numel in (0, 1, 5000):
+        gradient = torch.randn(numel).to(DEVICE, dtype)
+        for by in (1.0, -0.37):
+            factor = torch.tensor(by, device=DEVICE)
+            expected = (gradient.float() * factor).to(dtype)
+            scaled = scale_(gradient, factor, impl)
+            assert scaled.data_ptr() == gradient.data_ptr()
+            if impl == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
+                torch.testing.assert_close(scaled, expected, rtol=2**-7, atol=0)  # the interpreter truncates
+            else:
+                assert torch.equal(scaled, expected)
 
 
 def test_weights_of_length_n_and_b_when_both_are_equal():

@@ -45,32 +45,34 @@ def _logits(z, bias, columns, inside, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTC
 @triton.jit
 def _statistics(
     row, z, bias, target, V, stride_v, scale, inverse_t, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """(max y, sum exp(x), sum exp(x) x / sum exp(x), x of the target) of one row, in one read of V logits.
 
-    Every lane keeps a maximum and a sum of its own; they meet once, at the end. So the loop holds no exchange
-    between threads, and one exponential an element: of the difference to the old maximum or to the new one.
+    A lane is WIDTH neighbouring logits, which one thread loads at once. Each keeps a maximum and a sum of its own; they
+    meet once, at the end. So the loop holds no exchange between threads, and a sum moves to a new maximum once a lane.
     """
-    peak = tl.full([BLOCK], _LOWEST, dtype=tl.float32)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    moment = tl.zeros([BLOCK], dtype=tl.float32)  # sum of exp2(x) x, with x = (y - peak) / T in units of log 2
+    LANES: tl.constexpr = BLOCK // WIDTH
+    peak = tl.full([LANES], _LOWEST, dtype=tl.float32)
+    total = tl.zeros([LANES], dtype=tl.float32)
+    moment = tl.zeros([LANES], dtype=tl.float32)  # sum of exp2(x) x, with x = (y - peak) / T in units of log 2
     for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+        columns = start + tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         inside = columns < V
         raw = tl.load(z + row + columns.to(tl.int64) * stride_v, mask=inside, other=0.0)
         y, _ = _logits(raw, bias, columns, inside, softcap, HAS_BIAS, HAS_SOFTCAP)
         y = tl.where(inside, y, float("-inf"))
-        x = (y - peak) * scale
-        e = tl.exp2(-tl.abs(x))
-        rises = x > 0
+        higher = tl.maximum(peak, tl.max(y, axis=1))
+        x = (y - higher[:, None]) * scale
+        e = tl.exp2(x)
+        move = (peak - higher) * scale
+        kept = tl.exp2(move)
         if ENTROPY:
-            # e = 0 comes with an x that may be infinite, and 0 * inf is NaN.
-            moved = tl.where(e > 0, (moment - x * total) * e, 0.0)
-            added = tl.where(e == 0, moment, moment + e * x)
-            moment = tl.where(rises, moved, added)
-        total = tl.where(rises, total * e + 1.0, total + e)
-        peak = tl.maximum(peak, y)
+            # An exponential of 0 comes with an x that may be infinite, and 0 * inf is NaN.
+            moved = tl.where(kept > 0, (moment + move * total) * kept, 0.0)
+            moment = moved + tl.sum(tl.where(e == 0, 0.0, e * x), axis=1)
+        total = total * kept + tl.sum(e, axis=1)
+        peak = higher
     top = tl.max(peak, axis=0)
     x = (peak - top) * scale
     e = tl.exp2(x)
@@ -90,12 +92,12 @@ def _statistics(
 
 @triton.jit
 def _gradient(
-    y, t, columns, target, peak, total, moment, grad_logp, grad_entropy, scale, inverse_t,
+    y, t, columns, target, peak, inverse_total, moment, grad_logp, grad_entropy, scale, inverse_t,
     HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """The gradient with respect to a block of raw logits."""
     x = (y - peak) * scale
-    p = tl.exp2(x) / total
+    p = tl.exp2(x) * inverse_total
     slope = grad_logp
     if ENTROPY:
         # p = 0 comes with an x that may be infinite.
@@ -109,14 +111,14 @@ def _gradient(
 @triton.jit
 def measure_kernel(
     z, bias, targets, peak, total, moment, logps, V, stride_n, stride_v, scale, inverse_t, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Statistics: one program a row."""
     index = tl.program_id(0)
     row = index.to(tl.int64) * stride_n
     target = tl.load(targets + index).to(tl.int64)
     top, sum_all, mean, x = _statistics(
-        row, z, bias, target, V, stride_v, scale, inverse_t, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, BLOCK
+        row, z, bias, target, V, stride_v, scale, inverse_t, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, BLOCK, WIDTH
     )
     tl.store(peak + index, top)
     tl.store(total + index, sum_all)
@@ -149,7 +151,7 @@ def differentiate_kernel(
     raw = tl.load(z + row * stride_n + columns.to(tl.int64) * stride_v, mask=readable, other=0.0)
     y, t = _logits(raw, bias, columns, inside, softcap, HAS_BIAS, HAS_SOFTCAP)
     g = _gradient(
-        y, t, columns, tl.load(targets + index), tl.load(peak + index), tl.load(total + index), mean,
+        y, t, columns, tl.load(targets + index), tl.load(peak + index), 1.0 / tl.load(total + index), mean,
         g_logp, g_entropy, scale, inverse_t, HAS_SOFTCAP, ENTROPY,
     )  # fmt: skip
     g = tl.where(alive, g, 0.0)
@@ -159,7 +161,7 @@ def differentiate_kernel(
 @triton.jit
 def measure_and_differentiate_kernel(
     z, bias, targets, peak, total, logps, grad_logps, V, stride_n, scale, inverse_t, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Statistics, then the gradient over the logits: one program a row, whose second read comes from the cache."""
     index = tl.program_id(0)
@@ -167,18 +169,19 @@ def measure_and_differentiate_kernel(
     target = tl.load(targets + index).to(tl.int64)
     g_logp = tl.load(grad_logps + index)
     top, sum_all, _, x = _statistics(
-        row, z, bias, target, V, 1, scale, inverse_t, softcap, HAS_BIAS, HAS_SOFTCAP, False, BLOCK
+        row, z, bias, target, V, 1, scale, inverse_t, softcap, HAS_BIAS, HAS_SOFTCAP, False, BLOCK, WIDTH
     )
     tl.store(peak + index, top)
     tl.store(total + index, sum_all)
     tl.store(logps + index, x - tl.log(sum_all))
+    inverse_total = 1.0 / sum_all
     tl.debug_barrier()  # all threads have read the target's logit before one of them writes over it
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < V
         raw = tl.load(z + row + columns, mask=inside, other=0.0)
         y, t = _logits(raw, bias, columns, inside, softcap, HAS_BIAS, HAS_SOFTCAP)
-        g = _gradient(y, t, columns, target, top, sum_all, 0.0, g_logp, 0.0, scale, inverse_t, HAS_SOFTCAP, False)
+        g = _gradient(y, t, columns, target, top, inverse_total, 0.0, g_logp, 0.0, scale, inverse_t, HAS_SOFTCAP, False)
         # A row without weight may hold anything; 0 times that would not be 0.
         g = tl.where(g_logp != 0, g, 0.0)
         tl.store(z + row + columns, g.to(z.dtype.element_ty), mask=inside)
@@ -190,6 +193,11 @@ def _block(vocab: int) -> tuple[int, int]:
     return block, max(1, block // 512)
 
 
+def _width(dtype: torch.dtype) -> int:
+    """Logits that a thread loads at once: 16 bytes."""
+    return max(1, 16 // dtype.itemsize)
+
+
 class TritonRows(Rows):
     """`Rows` as Triton kernels; the formulas are written there."""
 
@@ -198,6 +206,7 @@ class TritonRows(Rows):
     def __init__(self, rows: int, vocab: int, like: Tensor, **options: Any) -> None:
         super().__init__(rows, vocab, like, **options)
         self.block, self.num_warps = _block(vocab)
+        self.width = _width(like.dtype)
         self._scalars = {
             "scale": math.log2(math.e) / self.temperature,
             "inverse_t": 1 / self.temperature,
@@ -222,6 +231,7 @@ class TritonRows(Rows):
                 self.vocab,
                 *logits.stride(),
                 **self._flags(bias),
+                WIDTH=self.width,
                 ENTROPY=self.want_entropy,
             )
 
@@ -243,6 +253,7 @@ class TritonRows(Rows):
                 self.vocab,
                 logits.stride(0),
                 **self._flags(bias),
+                WIDTH=self.width,
             )
 
     def differentiate(
@@ -293,18 +304,19 @@ def _configs() -> list[dict[str, Any]]:
     configs = []
     for vocab, dtype in ((256, "bf16"), (49152, "bf16"), (49152, "fp32")):
         block, num_warps = _block(vocab)
+        width = {"WIDTH": _width(torch.float32 if dtype == "fp32" else torch.bfloat16)}
         for full in (False, True):
             flags = {"HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK": block}
             bias = {"bias": f"*{dtype}"} if full else {}
             no_bias = {} if full else {"bias": None}
             kernels: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
-                (measure_kernel, rows | scalars, {"stride_v": 1, "ENTROPY": full}),
+                (measure_kernel, rows | scalars, {"stride_v": 1, "ENTROPY": full} | width),
                 (
                     differentiate_kernel,
                     rows | upstream | scalars | {"out": f"*{dtype}", "out_stride_n": "i64"},
                     {"stride_v": 1, "out_stride_v": 1, "ENTROPY": full} | ({} if full else {"grad_entropy": None}),
                 ),
-                (measure_and_differentiate_kernel, rows | upstream | scalars, {}),
+                (measure_and_differentiate_kernel, rows | upstream | scalars, width),
             ]
             for kernel, types, constants in kernels:
                 name = f"{kernel.__name__.removesuffix('_kernel')} {dtype} {block}"

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._autograd import may_overwrite
-from .._head import HeadGradients, empty_gradients, live_rows, no_autocast, rows_per_chunk, scale_
+from .._head import HeadGradients, empty_gradients, live_rows, no_autocast, rows_per_chunk
 from .._rows import accumulation_dtype, head_rows, spans
+from .._scale import scale_
 from ..vocab_parallel import group_of
 
 
@@ -78,7 +79,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias = inputs[:3]
-    ctx.inplace, ctx.needs = inputs[-6], inputs[-4]
+    ctx.inplace, ctx.impl, ctx.needs = inputs[-6:-3]
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
@@ -96,7 +97,7 @@ def _backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
         if not need:
             scaled.append(None)
         elif ctx.inplace and may_overwrite(gradient):
-            scaled.append(scale_(gradient, factor).to(dtype))
+            scaled.append(scale_(gradient, factor, ctx.impl).to(dtype))
         else:
             # Not 0-d: a 0-d factor would be rounded to the dtype of the gradient before the product.
             scaled.append((gradient * factor.reshape(1)).to(dtype))
