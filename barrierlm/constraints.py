@@ -31,8 +31,8 @@ class Constraint:
         lower: Smallest allowed average, in the unit of the measurement.
         upper: Largest allowed average, same unit.
         scale: Positive number that one unit of violation stands for, same unit. Default: the width of a
-            two-sided window; otherwise the standard deviation of the first window's samples, frozen then;
-            1 for exact (0-d) measurements.
+            two-sided window; otherwise the standard deviation of the first window's samples, frozen then
+            (where all are equal, the distance to the bound, or 1); 1 for exact (0-d) measurements.
 
     Raises:
         ValueError: No bound, ``lower >= upper``, a bound that is not finite, or ``scale <= 0``.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,15 @@ class ConstrainsLoss(_Base):
         """Put the columns beside what the trainer's own collator makes of the others."""
         if self._columns:
             self.data_collator = _CollateColumns(self.data_collator, self._columns)
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Around calls of a measurement: a column that was never asked for shows up there as a bare KeyError."""
+        try:
+            yield
+        except KeyError as error:
+            error.add_note(f"Of the dataset's columns a measurement gets those named in columns={list(self._columns)}")
+            raise
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether training_step leaves the loss as it is; says what `Trainer.training_step` says."""

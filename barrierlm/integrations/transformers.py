@@ -115,7 +115,8 @@ class BarrierMixin(ConstrainsLoss, SavesObjective, _Base):
         if missing:
             raise ValueError(f"columns={list(self._columns)}, but the dataset has no {missing[0]!r}")
         task_loss, outputs = super().compute_loss(model, self._for_model(inputs), return_outputs=True, **kwargs)
-        measurements = self.measure(model, inputs, outputs)
+        with self._measuring():
+            measurements = self.measure(model, inputs, outputs)
         # The window has k micro-batches. training_step divides the loss by k, unless it takes it to be scaled
         # already; what is combined is always a loss that is still to be divided by k.
         k = self.current_gradient_accumulation_steps

@@ -188,3 +188,12 @@ def test_dpo(model, tmp_path):
     assert torch.cat(values).detach().abs().mean() > 1e-3
     loss = loss + weights[1] * torch.cat(values).mean()
     assert close(recorded.steps[1], plain_gradient(trainer, loss))
+
+
+def test_a_forgotten_column_is_explained(model, tmp_path):
+    bounds = [Constraint("kept", upper=1, scale=1)]
+    measurements = {"kept": lambda batch: batch.columns["kept"]}
+    trainer, _ = still("sft", model, tmp_path, rows=4, constraints=bounds, measurements=measurements)
+    with pytest.raises(KeyError, match="kept") as caught:
+        trainer.train()
+    assert caught.value.__notes__ == ["Of the dataset's columns a measurement gets those named in columns=[]"]

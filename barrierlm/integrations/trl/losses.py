@@ -104,7 +104,8 @@ class ConstrainedLoss(ConstrainsLoss, ConstrainedTrainer):
                 hooks.callback(hook.remove)
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._batch(model, inputs, passes, columns)
-        measured = {name: value for name, f in self._measurements.items() if (value := f(batch)) is not None}
+        with self._measuring():
+            measured = {name: value for name, f in self._measurements.items() if (value := f(batch)) is not None}
         if not torch.is_grad_enabled():
             self._note_evaluation(measured)
             return result
