@@ -455,7 +455,7 @@ class BarrierObjective:
         return certify(self._committed, gradients, level, self.process_group)
 
     def metrics(self) -> dict[str, float]:
-        """The committed state as flat floats; names as in the design: ``constraints/<name>/...``, ``barrier/...``.
+        """The committed state as flat floats; named ``constraints/<name>/...``, ``barrier/...``.
 
         Numbers that are not known yet are NaN.
         """

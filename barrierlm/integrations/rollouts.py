@@ -69,7 +69,7 @@ class Rollouts:
         >>> len(rollouts(model, batch)["length"])
         1
 
-    Source: ARCHITECTURE.md; the design's "Sampling".
+    Source: barrierlm.
     """
 
     def __init__(
