@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Step = Callable[[], Any]
 
 #: Written before each sample, so that none finds its input in the cache. More than the cache of any GPU.
+_FLUSH_BYTES = 256 * 2**20
 #: Cycles that the device waits before a sample, some 10 ms: launches of short kernels are queued by then. Without it a
 #: step of many launches was timed at the speed of the host (on an H100: 4.7 ms where its kernels take 2.2).
 _HEAD_START = 20_000_000
-_FLUSH_BYTES = 256 * 2**20
 _flush: dict[torch.device, torch.Tensor] = {}
 _inside: list[None] = []  # one for each `quick_collection` that is open
 

@@ -36,31 +36,28 @@ def which_impl(
 ) -> Choice:
     """Tell which implementation an operation would run for tensors on `device` of `dtype`, and why.
 
-        "auto" is Triton on a CUDA (or ROCm) device where Triton is installed, and the torch reference elsewhere and
-        for fp64, which the kernels do not compute in. The Triton interpreter (TRITON_INTERPRET=1) runs the kernels on
-        the CPU, slowly, for impl="triton" only.
+    "auto" is Triton on a CUDA (or ROCm) device where Triton is installed, and the torch reference elsewhere and
+    for fp64, which the kernels do not compute in. The Triton interpreter (TRITON_INTERPRET=1) runs the kernels on
+    the CPU, slowly, for impl="triton" only.
 
-        Args:
-            impl: "auto", "triton" or "reference", as given to the operation.
-            device: where the tensors are.
-            dtype: of the logits or hidden states.
+    Args:
+        impl: "auto", "triton" or "reference", as given to the operation.
+        device: where the tensors are.
+        dtype: of the logits or hidden states.
 
-        Returns:
-            `Choice(impl, reason)`.
+    Returns:
+        `Choice(impl, reason)`.
 
-        Raises:
-            RuntimeError: impl="triton" cannot run; says why.
-            ValueError: `impl` is none of the three.
+    Raises:
+        RuntimeError: impl="triton" cannot run; says why.
+        ValueError: `impl` is none of the three.
 
-        Example:
-            >>> from barrierlm_kernels import which_impl
-            >>> which_impl("reference").impl
-            'reference'
+    Example:
+        >>> from barrierlm_kernels import which_impl
+        >>> which_impl("reference").impl
+        'reference'
 
-    # Looked up once, here: a cached function is one that torch.compile warns of.
-    _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-
-        Source: barrierlm. An explicit choice never falls back.
+    Source: barrierlm. An explicit choice never falls back.
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
     device = torch.device(device)

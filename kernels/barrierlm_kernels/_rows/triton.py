@@ -206,7 +206,6 @@ class TritonRows(Rows):
     def __init__(self, rows: int, vocab: int, like: Tensor, **options: Any) -> None:
         super().__init__(rows, vocab, like, **options)
         self.block, self.num_warps = _block(vocab)
-        self.width = _width(like.dtype)
         self._scalars = {
             "scale": math.log2(math.e) / self.temperature,
             "inverse_t": 1 / self.temperature,
@@ -231,7 +230,7 @@ class TritonRows(Rows):
                 self.vocab,
                 *logits.stride(),
                 **self._flags(bias),
-                WIDTH=self.width,
+                WIDTH=_width(logits.dtype),
                 ENTROPY=self.want_entropy,
             )
 
@@ -253,7 +252,7 @@ class TritonRows(Rows):
                 self.vocab,
                 logits.stride(0),
                 **self._flags(bias),
-                WIDTH=self.width,
+                WIDTH=_width(logits.dtype),
             )
 
     def differentiate(
