@@ -24,6 +24,7 @@ class Reading(NamedTuple):
     stderr: float
     noise: float
     known: bool
+    window_stderr: float
 
 
 class _Vectors(NamedTuple):
@@ -32,6 +33,7 @@ class _Vectors(NamedTuple):
     stderr: Tensor
     noise: Tensor
     known: Tensor
+    window_stderr: Tensor
 
 
 class Readings(_Vectors):
@@ -39,8 +41,8 @@ class Readings(_Vectors):
 
     ``z`` is the violation at the estimate, ``window_z`` at the mean of the newest window alone (both of the bound as
     drawn in by the objective's ``confidence``), ``stderr`` the estimate's standard error (0 when exact, 1 when not
-    known yet), and ``noise`` that times the noise floor. ``known`` tells which bounds the window has measured; the
-    others hold 0.
+    known yet), ``noise`` that times the noise floor, and ``window_stderr`` that of one window's mean. ``known`` tells
+    which bounds the window has measured; the others hold 0.
     """
 
     _bounds: list[Reading] | None = None
@@ -49,8 +51,8 @@ class Readings(_Vectors):
     def of(cls, bounds: list[Reading]) -> Readings:
         """The vectors of what is given bound by bound."""
         flat = torch.tensor([x for column in zip(*bounds, strict=True) for x in column], dtype=torch.float64)
-        z, window_z, stderr, noise, known = flat.view(5, -1).unbind()
-        made = cls(z, window_z, stderr, noise, known > 0)
+        z, window_z, stderr, noise, known, window_stderr = flat.view(6, -1).unbind()
+        made = cls(z, window_z, stderr, noise, known > 0, window_stderr)
         made._bounds = bounds
         return made
 

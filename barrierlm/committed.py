@@ -20,7 +20,7 @@ from .saved import saved_count, saved_tensor
 from .schedules import Schedule
 
 #: The reading of a bound that was not measured.
-_NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False)
+_NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False, 0.0)
 
 
 class View(NamedTuple):
@@ -177,7 +177,7 @@ class Committed:
         them, and for as few as there are bounds that costs a tenth.
         """
         scale, mean, stderr = self.scales.value, self.estimator.mean, self.estimator.stderr
-        long = self.estimator.stderr_over(self.LONG)
+        long, window = self.estimator.stderr_over(self.LONG), self.estimator.stderr_over(1)
         self.mean, self.stderr, self._z = mean, stderr, self.bounds.violations(mean, scale)
         self._shift, self._near, self._readings = [], [], []
         for (k, _), z in zip(self.bounds.sides, self._z, strict=True):
@@ -187,9 +187,10 @@ class Committed:
             self._near.append(verdict_tolerance(share))
             reading = _NOTHING
             if math.isfinite(z):
-                noise = 1.0 if math.isnan(share) else share  # not known yet: counts as one scale
+                # Not known yet: counts as one scale.
+                noise, own = (1.0 if math.isnan(x) else x for x in (share, window[k] / scale[k]))
                 at = z + self._shift[-1]
-                reading = Reading(at, at, noise, self.noise_floor * noise, True)
+                reading = Reading(at, at, noise, self.noise_floor * noise, True, own)
             self._readings.append(reading)
 
     def _refresh(self) -> None:

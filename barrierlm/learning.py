@@ -27,6 +27,9 @@ _RESTART = 5
 #: `unit="auto"`: where a search begins, what it grows by in a window, where it ends, and the share of the largest unit
 #: found for other bounds that it does not begin below.
 _UNIT_START, _UNIT_GROWTH, _UNIT_END, _UNIT_SHARE = 0.01, 1.1, 1e3, 0.3
+#: The standard error of a window, in scales, with which z counts as it is; the most and the least that another makes
+#: of it.
+_ORDINARY_NOISE, _FINEST, _COARSEST = 0.25, 4.0, 0.1
 #: Of one that does not come down: how much counts in a step, and the share of the multiplier that the step grows with.
 _FAR_STEP, _GROWTH = 0.3, 0.2
 
@@ -64,12 +67,14 @@ class _Bound:
 class _Learner(Rule):
     r"""Learned multipliers: what `ModifiedBarrier` and `AdaptiveBarrier` share.
 
-    .. math:: \hat\lambda \leftarrow \hat\lambda + \frac{\gamma}{1 + t/\tau} \, g \, z_\text{window}, \qquad
+    .. math:: \hat\lambda \leftarrow \hat\lambda + \frac{\gamma}{1 + t/\tau} \, g \, \frac{z_\text{window}}{4 \sigma}, \qquad
               \mu_t = \mu \sqrt{1 + t/\tau}
 
     This is for sampled bounds. The newest window's z is used because the sum over steps averages by itself; an
     averaged z would only add delay. What keeps it steady:
 
+    - z counts in standard errors sigma of a window's mean (within factors of 4 and 1/10): in the unit of a narrow window
+      the same noise is a larger z and the same multiplier a smaller number, and a step of z alone would shake it.
     - Averaging is what a decaying step is for, and the noise that the barrier's own slope lets through, 1/mu, has to
       fall with it. Age t counts the windows up to the estimate's last crossing of the bound: what stays on one side
       still has something to learn, what crosses swings around it, from noise or from delay (Kesten's rule).
@@ -166,7 +171,8 @@ class _Learner(Rule):
         restart = b.lasting >= _RESTART * self.patience
         age = 0.0 if restart else b.age
         if noisy:
-            drive = max(min(r.window_z, 1.0 if near else _FAR_STEP), -1.0)
+            told = r.window_z * min(max(_ORDINARY_NOISE / max(r.window_stderr, 1e-300), _COARSEST), _FINEST)
+            drive = max(min(told, 1.0 if near else _FAR_STEP), -1.0)
             if r.z > _FAR * r.stderr and coming:
                 drive = 0.0
             # By the estimate's side, not the window's: else noise alone would pull the multiplier of a violation down.

@@ -172,7 +172,7 @@ def test_a_state_that_lacks_something_is_refused():
 def ticks(schedule, z, stderr, times=1, known=True):
     z, stderr = torch.tensor([z], dtype=F64), torch.tensor([stderr], dtype=F64)
     for _ in range(times):
-        schedule.tick(Readings(z, z, stderr, stderr, torch.tensor([known])))
+        schedule.tick(Readings(z, z, stderr, stderr, torch.tensor([known]), stderr))
     return schedule.mu
 
 
