@@ -67,14 +67,14 @@ class _Bound:
 class _Learner(Rule):
     r"""Learned multipliers: what `ModifiedBarrier` and `AdaptiveBarrier` share.
 
-    .. math:: \hat\lambda \leftarrow \hat\lambda + \frac{\gamma}{1 + t/\tau} \, g \, \frac{z_\text{window}}{4 \sigma}, \qquad
-              \mu_t = \mu \sqrt{1 + t/\tau}
+    .. math:: \hat\lambda \leftarrow \hat\lambda + \frac{\gamma}{1 + t/\tau} \, g \, \frac{z_\text{window}}{4 \sigma},
+              \qquad \mu_t = \mu \sqrt{1 + t/\tau}
 
     This is for sampled bounds. The newest window's z is used because the sum over steps averages by itself; an
     averaged z would only add delay. What keeps it steady:
 
-    - z counts in standard errors sigma of a window's mean (within factors of 4 and 1/10): in the unit of a narrow window
-      the same noise is a larger z and the same multiplier a smaller number, and a step of z alone would shake it.
+    - z counts in standard errors sigma of a window's mean (within factors of 4 and 1/10): in the unit of a narrow
+      window the same noise is a larger z and the same multiplier a smaller number, and a step of z would shake it.
     - Averaging is what a decaying step is for, and the noise that the barrier's own slope lets through, 1/mu, has to
       fall with it. Age t counts the windows up to the estimate's last crossing of the bound: what stays on one side
       still has something to learn, what crosses swings around it, from noise or from delay (Kesten's rule).
@@ -195,9 +195,11 @@ class ModifiedBarrier(_Learner):
     r"""Learned multipliers on a shifted log barrier: exact at a fixed mu, with no m mu bias.
 
     .. math:: B(z) = \mu \hat\lambda \, \psi(z/\mu), \quad \psi(u) = -\log(1-u), \qquad
-              \hat\lambda \leftarrow \hat\lambda + \gamma_t \, g \, z, \quad \gamma_t = \gamma_0 / (1 + t/\tau)
+              \hat\lambda \leftarrow \hat\lambda + \gamma_t \, g \, \frac{z}{4 \sigma}, \quad
+              \gamma_t = \gamma_0 / (1 + t/\tau)
 
-    continued by a parabola for u > 1/2 (relaxed extrapolation). Needs no schedule. With noise the step decays and mu
+    continued by a parabola for u > 1/2 (relaxed extrapolation). Needs no schedule. With noise (sigma is the standard
+    error of a window's mean, in units of the scale; exact bounds take z itself) the step decays and mu
     grows with the age t of a bound, :math:`\mu \sqrt{1 + t/\tau}`; ARCHITECTURE.md, "The default rule hands over",
     has the measurements.
 
