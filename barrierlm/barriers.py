@@ -27,40 +27,54 @@ class Reading(NamedTuple):
     window_stderr: float
 
 
-class _Vectors(NamedTuple):
-    z: Tensor
-    window_z: Tensor
-    stderr: Tensor
-    noise: Tensor
-    known: Tensor
-    window_stderr: Tensor
-
-
-class Readings(_Vectors):
+class Readings:
     """What a committed window says about each bound, as vectors [m] in units of the constraints' scales.
 
-    ``z`` is the violation at the estimate, ``window_z`` at the mean of the newest window alone (both of the bound as
-    drawn in by the objective's ``confidence``), ``stderr`` the estimate's standard error (0 when exact, 1 when not
-    known yet), ``noise`` that times the noise floor, and ``window_stderr`` that of one window's mean. ``known`` tells
-    which bounds the window has measured; the others hold 0.
+    ``known`` tells which bounds the window has measured; the others hold 0. An update that decides about each bound
+    apart takes `each`: for as few as there are bounds numbers are faster, and vectors are made when they are asked for.
+
+    Args:
+        z: Violations at the estimate [m], of the bounds as drawn in by the objective's ``confidence``.
+        window_z: The same at the mean of the newest window alone [m].
+        stderr: Standard errors of the estimate [m]: 0 when exact, 1 when not known yet.
+        noise: The same, times the noise floor [m].
+        known: Which bounds were measured [m], bool.
+        window_stderr: Standard errors of one window's mean [m]; default: ``stderr``.
+
+    Example:
+        >>> z, noise = torch.tensor([-0.2]), torch.tensor([0.1])
+        >>> Readings(z, z, noise, noise, torch.tensor([True])).each()[0].known
+        True
     """
 
-    _bounds: list[Reading] | None = None
+    def __init__(
+        self,
+        z: Tensor,
+        window_z: Tensor,
+        stderr: Tensor,
+        noise: Tensor,
+        known: Tensor,
+        window_stderr: Tensor | None = None,
+    ) -> None:
+        vectors = (z, window_z, stderr, noise, known, stderr if window_stderr is None else window_stderr)
+        self._bounds = [Reading(*numbers) for numbers in zip(*(x.tolist() for x in vectors), strict=True)]
 
     @classmethod
     def of(cls, bounds: list[Reading]) -> Readings:
-        """The vectors of what is given bound by bound."""
-        flat = torch.tensor([x for column in zip(*bounds, strict=True) for x in column], dtype=torch.float64)
-        z, window_z, stderr, noise, known, window_stderr = flat.view(6, -1).unbind()
-        made = cls(z, window_z, stderr, noise, known > 0, window_stderr)
+        """What is given bound by bound."""
+        made = cls.__new__(cls)
         made._bounds = bounds
         return made
 
     def each(self) -> list[Reading]:
-        """Bound by bound: what an update decides differs between bounds, and for few of them numbers are faster."""
-        if self._bounds is None:
-            self._bounds = [Reading(*numbers) for numbers in zip(*(x.tolist() for x in self), strict=True)]
+        """Bound by bound, as numbers."""
         return self._bounds
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in Reading._fields:
+            raise AttributeError(name)
+        dtype = torch.bool if name == "known" else torch.float64
+        return torch.tensor([getattr(r, name) for r in self._bounds], dtype=dtype)
 
 
 class Rule(ABC):

@@ -42,7 +42,7 @@ def check_call(
 
 def check_rows(names: tuple[str, ...], rows: Tensor, *, raise_nonfinite: bool) -> None:
     """What the reduced rows [K, NUM_COLUMNS] say against committing them, before anything changes."""
-    if not rows[:, Column.NONFINITE : Column.BAD_GROUPS + 1].any():
+    if not any(map(any, rows[:, Column.NONFINITE : Column.BAD_GROUPS + 1].tolist())):
         return
     alone = torch.nonzero(rows[:, Column.BAD_GROUPS]).flatten().tolist()
     if alone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,8 +41,8 @@ class Committed:
     instead of changing them, so that a shallow copy of each is a snapshot and a failed commit leaves no trace.
     """
 
-    #: Windows of the long average whose standard errors draw the bounds in.
-    LONG = 200
+    #: Bounds are drawn in by standard errors of an average over 200 windows; a window's over this.
+    _LONG = math.sqrt(200)
 
     def __init__(
         self,
@@ -176,21 +175,20 @@ class Committed:
         ``_z`` are the violations of the bounds as the user gave them. Numbers, not tensors: a commit looks at all of
         them, and for as few as there are bounds that costs a tenth.
         """
-        scale, mean, stderr = self.scales.value, self.estimator.mean, self.estimator.stderr
-        long, window = self.estimator.stderr_over(self.LONG), self.estimator.stderr_over(1)
-        self.mean, self.stderr, self._z = mean, stderr, self.bounds.violations(mean, scale)
+        scale, mean, stderrs = self.scales.value, self.estimator.mean, self.estimator.stderrs()
+        self.mean, self.stderr, self._z = mean, [own for own, _ in stderrs], self.bounds.violations(mean, scale)
         self._shift, self._near, self._readings = [], [], []
         for (k, _), z in zip(self.bounds.sides, self._z, strict=True):
-            share = stderr[k] / scale[k]
-            shift = long[k] / scale[k]
-            self._shift.append(0.0 if math.isnan(shift) else self.confidence * shift)
-            self._near.append(verdict_tolerance(share))
+            own, window = stderrs[k][0] / scale[k], stderrs[k][1] / scale[k]
+            self._near.append(verdict_tolerance(own))
+            known = not math.isnan(window)
+            self._shift.append(self.confidence * window / self._LONG if known else 0.0)
             reading = _NOTHING
             if math.isfinite(z):
-                # Not known yet: counts as one scale.
-                noise, own = (1.0 if math.isnan(x) else x for x in (share, window[k] / scale[k]))
+                if not known:  # counts as one scale
+                    own = window = 1.0
                 at = z + self._shift[-1]
-                reading = Reading(at, at, noise, self.noise_floor * noise, True, own)
+                reading = Reading(at, at, own, self.noise_floor * own, True, window)
             self._readings.append(reading)
 
     def _refresh(self) -> None:
@@ -217,17 +215,20 @@ class Committed:
         for (k, side), r, lam in zip(self.bounds.sides, self._readings, multiplier, strict=True):
             if r.known:
                 weights[k] += lam / scale[k] * (1 if side == "upper" else -1)
-        self.weights, self.penalty, self._multiplier = vector(weights), vector(sum(value)), multiplier
-        self.normalizer = vector(1 / (1 + sum(multiplier)))
+        self.weights, self.penalty, self._multiplier = weights, sum(value), multiplier
         self.report = self._rows_of(multiplier, scale)
         self._views: dict[torch.device, View] = {}
 
     def view(self, device: torch.device) -> View:
         """What a call reads, on ``device``: copied there once per window, without waiting for it."""
         if device not in self._views:
-            wide = wide_dtype(device)
-            parts = (vector(self.estimator.center), self.baselines, self.weights, self.penalty, self.normalizer)
-            self._views[device] = View(*(x.to(device, wide, non_blocking=True) for x in parts))
+            normalizer = 1 / (1 + sum(self._multiplier))
+            numbers = vector([*self.estimator.center, *self.weights, self.penalty, normalizer])
+            numbers, baselines = (
+                x.to(device, wide_dtype(device), non_blocking=True) for x in (numbers, self.baselines)
+            )
+            center, weights, (penalty, normalizer) = numbers.split([len(self.weights), len(self.weights), 2])
+            self._views[device] = View(center, baselines, weights, penalty, normalizer)
         return self._views[device]
 
     def _rows_of(self, multiplier: list[float], scale: list[float]) -> Report:
@@ -258,7 +259,7 @@ class Committed:
     @contextmanager
     def _undo_on_error(self) -> Iterator[None]:
         objects = [self, *self._parts().values()]
-        saved = [copy.copy(vars(part)) for part in objects]
+        saved = [vars(part).copy() for part in objects]
         try:
             yield
         except BaseException:

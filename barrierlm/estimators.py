@@ -79,21 +79,22 @@ class _Sums(NamedTuple):
     mean: float = 0.0
     exact: float = 0.0
 
-    def stderr(self, windows: int | None = None) -> float:
-        """Of the mean, or of one over so many windows as noisy as the recent ones; 0 if exact, NaN if not known."""
-        if self.weight <= 0:
-            return math.nan
-        if self.exact >= self.weight * (1 - 1e-12):
-            return 0.0
-        own = self.weight2 / max(self.weight * self.weight, 1e-300)
+    def stderrs(self) -> tuple[float, float]:
+        """Of the mean, and of one window's mean, as noisy as the recent ones; 0 if exact, NaN if not known."""
+        weight, weight2 = self.weight, self.weight2
+        if weight <= 0:
+            return math.nan, math.nan
+        if self.exact >= weight * (1 - 1e-12):
+            return 0.0, 0.0
+        own = weight2 / max(weight * weight, 1e-300)
         # Windows without a spread of their own are taken to be as noisy as those that have one.
-        if self.within_weight2 > 0 and self.within_weight2 >= 0.5 * self.weight2:
+        if self.within_weight2 > 0 and self.within_weight2 >= 0.5 * weight2:
             variance = self.within / self.within_weight2
         elif own < 1:
-            variance = self.spread / self.weight / (1 - own)
+            variance = self.spread / weight / (1 - own)
         else:
-            return math.nan
-        return math.sqrt(max(variance * (own if windows is None else 1 / windows), 0.0))
+            return math.nan, math.nan
+        return math.sqrt(max(variance * own, 0.0)), math.sqrt(max(variance, 0.0))
 
 
 class EMA:
@@ -149,11 +150,11 @@ class EMA:
     @property
     def stderr(self) -> list[float]:
         """Standard errors [K] in the users' units; 0 for exact values, NaN where not yet known."""
-        return [s.stderr() for s in self._sums]
+        return [own for own, _ in self.stderrs()]
 
-    def stderr_over(self, windows: int) -> list[float]:
-        """Standard errors [K] that the mean of so many windows, as noisy as the recent ones, would have."""
-        return [s.stderr(windows) for s in self._sums]
+    def stderrs(self) -> list[tuple[float, float]]:
+        """By constraint [K]: `stderr`, and that of a single window's mean, as noisy as the recent ones."""
+        return [s.stderrs() for s in self._sums]
 
     def update(self, rows: list[list[float]]) -> None:
         """Commit the sums of a window's reduced rows [K, Column.POSITIONS]; one without samples changes nothing."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from operator import attrgetter
 
 import torch
@@ -50,18 +49,33 @@ class _Bound:
     """What was learned of one bound; the last three are of `AdaptiveBarrier` alone."""
 
     units: float  # a single one
-    found: float
-
-    learned: float
-    age: float
-    side: float
-    uncrossed: float
-    average: float
-    seen: float
-    lasting: float
+    found: float = 0.0
+    learned: float = 1.0  # in multiples of its unit
+    age: float = 0.0
+    side: float = 0.0
+    uncrossed: float = 0.0
+    average: float = 0.0
+    seen: float = 0.0
+    lasting: float = 0.0
     frozen_mu: float = 0.0
     smallest_seen: float = math.inf
     held: float = 0.0
+
+
+_fields = attrgetter(*_Bound.__slots__)
+
+
+class _Column:
+    """A field of all bounds as a tensor [m]; assigning one sets it in all of them."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, rule: _Learner, owner: type) -> Tensor:
+        return torch.tensor([getattr(b, self.name) for b in rule.bounds], dtype=torch.float64)
+
+    def __set__(self, rule: _Learner, values: Tensor) -> None:
+        rule.bounds = [replace(b, **{self.name: x}) for b, x in zip(rule.bounds, values.tolist(), strict=True)]
 
 
 class _Learner(Rule):
@@ -95,15 +109,11 @@ class _Learner(Rule):
     """
 
     confidence = 0.5
-    units: Tensor
-    found: Tensor
-    learned: Tensor  # in multiples of its unit
-    age: Tensor
-    side: Tensor
-    uncrossed: Tensor
-    average: Tensor
-    seen: Tensor
-    lasting: Tensor
+    #: Numbers, which a step decides about one by one. The list is replaced by every step, never changed.
+    bounds: list[_Bound]
+    units, found, learned = _Column(), _Column(), _Column()
+    age, side, uncrossed = _Column(), _Column(), _Column()
+    average, seen, lasting = _Column(), _Column(), _Column()
     _learned: tuple[str, ...] = ("units", "found", "learned", "age", "side", "uncrossed", "average", "seen", "lasting")
     _nonnegative: tuple[str, ...] = ("units", "found", "learned", "age", "uncrossed", "seen", "lasting")
 
@@ -118,6 +128,7 @@ class _Learner(Rule):
             raise ValueError(f"patience={patience!r}; allowed: an integer >= 1")
         self.step, self.decay, self.patience = float(step), float(decay), patience
         self.unit = unit if isinstance(unit, str) else float(unit)
+        self._made: tuple[list[_Bound], Tensor] | None = None
 
     @property
     def kind(self) -> str:
@@ -126,25 +137,26 @@ class _Learner(Rule):
         return super().kind + f"(unit={self.unit if isinstance(self.unit, str) else f'{self.unit:g}'})"
 
     def start(self, num_bounds: int) -> None:
-        self.learned = torch.ones(num_bounds, dtype=torch.float64)
-        self.units = torch.full_like(self.learned, _UNIT_START if isinstance(self.unit, str) else self.unit)
-        for name in ("found", "age", "side", "uncrossed", "average", "seen", "lasting"):
-            setattr(self, name, torch.zeros_like(self.learned))
+        unit = _UNIT_START if isinstance(self.unit, str) else self.unit
+        self.bounds = [_Bound(unit) for _ in range(num_bounds)]
 
-    def _grown(self, mu: Tensor) -> Tensor:
-        """mu [m] of bounds of this age."""
-        return mu * (1 + self.age.to(mu) / self.decay).sqrt()
+    def _growth(self, b: _Bound) -> float:
+        """What a bound of this age multiplies mu by."""
+        return math.sqrt(1 + b.age / self.decay)
 
-    def _each(self) -> list[_Bound]:
-        """What was learned, bound by bound."""
-        return [_Bound(*numbers) for numbers in zip(*(getattr(self, n).tolist() for n in self._learned), strict=True)]
+    def _own(self, b: _Bound) -> float:
+        """The last of `_tensors`."""
+        return self._growth(b)
 
-    def _keep(self, bounds: list[_Bound]) -> None:
-        """What has been learned since, in new tensors."""
-        columns = zip(*map(attrgetter(*self._learned), bounds), strict=True)
-        numbers = torch.tensor([*chain.from_iterable(columns)], dtype=torch.float64).view(-1, len(bounds))
-        for name, column in zip(self._learned, numbers.unbind(), strict=True):
-            setattr(self, name, column)
+    def _tensors(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Units, learned multipliers and `_own` [m] of all bounds, like z; made once for a step's questions."""
+        if self._made is None or self._made[0] is not self.bounds:
+            numbers = (
+                [b.units for b in self.bounds] + [b.learned for b in self.bounds] + list(map(self._own, self.bounds))
+            )
+            self._made = self.bounds, torch.tensor(numbers, dtype=torch.float64).view(3, -1)
+        units, learned, own = self._made[1].to(z).unbind()
+        return units, learned, own
 
     def _coming_down(self, b: _Bound, r: Reading) -> bool:
         """Take z into its slow average; whether a violation is clearly below it."""
@@ -238,28 +250,31 @@ class ModifiedBarrier(_Learner):
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """mu lambda psi(z/mu) [m]."""
-        mu = self._grown(mu)
-        return self.units.to(z) * mu * self.learned.to(z) * _psi(z / mu)
+        units, learned, growth = self._tensors(z)
+        mu = mu * growth
+        return units * mu * learned * _psi(z / mu)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """lambda psi'(z/mu) [m]."""
-        return self.units.to(z) * self.learned.to(z) * _psi_slope(z / self._grown(mu))
+        units, learned, growth = self._tensors(z)
+        return units * learned * _psi_slope(z / (mu * growth))
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """The damped multiplier step of every measured bound."""
-        bounds = self._each()
+        bounds = [_Bound(*_fields(b)) for b in self.bounds]
         largest = max(b.units for b in bounds)
         for b, r, own in zip(bounds, readings.each(), mu.tolist(), strict=True):
             if r.known:
                 coming = self._coming_down(b, r)
                 self._search(b, r, largest, coming=coming)
                 self._learn(b, r, own, coming=coming)
-        self._keep(bounds)
+        self.bounds = bounds
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The mu that noise has let grow."""
-        mu = self._grown(mu)
-        return self.units.to(mu) * mu, mu**2
+        units, _, growth = self._tensors(mu)
+        mu = mu * growth
+        return units * mu, mu**2
 
 
 class AdaptiveBarrier(_Learner):
@@ -294,9 +309,7 @@ class AdaptiveBarrier(_Learner):
     Source: barrierlm; the two halves are L3Ms (arXiv 2410.21533) and Polyak 1992.
     """
 
-    frozen_mu: Tensor
-    smallest_seen: Tensor
-    held: Tensor
+    frozen_mu, smallest_seen, held = _Column(), _Column(), _Column()
     _learned = (*_Learner._learned, "frozen_mu", "smallest_seen", "held")
     _nonnegative = (*_Learner._nonnegative, "frozen_mu", "smallest_seen", "held")
     _unbounded = ("smallest_seen",)
@@ -318,51 +331,40 @@ class AdaptiveBarrier(_Learner):
             raise ValueError(f"smallest_mu={smallest_mu!r}; allowed: smallest_mu > 0")
         self.smallest_mu = float(smallest_mu)
         self._relaxed = RelaxedLogBarrier()
-        self._made: tuple[Tensor, Tensor, tuple[Tensor, Tensor, int]] | None = None
-
-    def start(self, num_bounds: int) -> None:
-        super().start(num_bounds)
-        self.frozen_mu, self.held = torch.zeros_like(self.learned), torch.zeros_like(self.learned)
-        self.smallest_seen = torch.full_like(self.learned, math.inf)
 
     @property
     def learning(self) -> Tensor:
         """Which bounds [m] have been handed over."""
         return self.frozen_mu > 0
 
-    def _own(self) -> tuple[Tensor, Tensor, int]:
-        """The mu [m] of the bounds handed over (of others 1), as noise let it grow; which they are, and how many."""
-        made_of = self.frozen_mu, self.age
-        # What is learned is replaced, never changed, so the same tensors are the same numbers.
-        if self._made is None or self._made[0] is not made_of[0] or self._made[1] is not made_of[1]:
-            frozen = self.frozen_mu.tolist()
-            grown = zip(frozen, self.age.tolist(), strict=True)
-            own = [m * math.sqrt(1 + t / self.decay) if m > 0 else 1.0 for m, t in grown]
-            self._made = *made_of, (torch.tensor(own, dtype=torch.float64), self.learning, sum(m > 0 for m in frozen))
-        return self._made[2]
+    def _own(self, b: _Bound) -> float:
+        """The frozen mu as noise let it grow; 1 where the bound has not been handed over."""
+        return b.frozen_mu * self._growth(b) if b.frozen_mu > 0 else 1.0
 
-    def _mix(self, relaxed: Callable[[], Tensor], modified: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        own, learning, count = self._own()
-        if count == 0:
-            return self.units.to(z) * relaxed()
-        learned = modified(own.to(z))
-        if count < len(learning):
-            learned = torch.where(learning.to(z.device), learned, relaxed())
-        return self.units.to(z) * learned
+    def _mix(self, modified: Callable[[], Tensor], relaxed: Callable[[], Tensor], device: torch.device) -> Tensor:
+        handed_over = [b.frozen_mu > 0 for b in self.bounds]
+        if all(handed_over):
+            return modified()
+        if not any(handed_over):
+            return relaxed()
+        return torch.where(torch.tensor(handed_over, device=device), modified(), relaxed())
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The penalty [m] of whichever half is in force."""
+        units, learned, own = self._tensors(z)
         relaxed = partial(self._relaxed.value, z, mu, s)
-        return self._mix(relaxed, lambda own: own * self.learned.to(z) * _psi(z / own), z)
+        return units * self._mix(lambda: own * learned * _psi(z / own), relaxed, z.device)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The multiplier [m] of whichever half is in force."""
+        units, learned, own = self._tensors(z)
         relaxed = partial(self._relaxed.multiplier, z, mu, s)
-        return self._mix(relaxed, lambda own: self.learned.to(z) * _psi_slope(z / own), z)
+        return units * self._mix(lambda: learned * _psi_slope(z / own), relaxed, z.device)
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """Learn where handed over; hand over where mu has stopped."""
-        bounds, given = self._each(), list(zip(readings.each(), mu.tolist(), strict=True))
+        bounds = [_Bound(*_fields(b)) for b in self.bounds]
+        given = list(zip(readings.each(), mu.tolist(), strict=True))
         largest = max(b.units for b in bounds)
         # One bound's noise, or its end, holds the others' mu too.
         stopped = any(r.known and (r.noise >= self._STOPPED * m * m or m <= self.smallest_mu) for r, m in given)
@@ -374,12 +376,12 @@ class AdaptiveBarrier(_Learner):
             b.held = 1.0 if m < 0.999 * b.smallest_seen else b.held + 1
             b.smallest_seen = min(m, b.smallest_seen)
             if b.frozen_mu > 0:
-                self._learn(b, r, b.frozen_mu * math.sqrt(1 + b.age / self.decay), coming=coming)
+                self._learn(b, r, self._own(b), coming=coming)
             elif stopped or b.lasting >= self.patience or (b.held > self.patience and r.stderr > 0):
                 # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
                 b.frozen_mu = max(m, math.sqrt(r.noise))
                 b.learned = self._implied(r.z, b.frozen_mu)
-        self._keep(bounds)
+        self.bounds = bounds
 
     def _implied(self, z: float, mu: float) -> float:
         """The learned multiplier with which the modified barrier goes on where the relaxed one stands."""
@@ -388,5 +390,6 @@ class AdaptiveBarrier(_Learner):
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The frozen mu, as noise has let it grow, where the bound has been handed over."""
-        own, learning, _ = self._own()
-        return self.units.to(mu) * torch.where(learning, own, mu), torch.where(learning, own * own, s)
+        units, _, own = self._tensors(mu)
+        used = self._mix(lambda: own, lambda: mu, mu.device)
+        return units * used, used * used

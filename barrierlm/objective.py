@@ -171,7 +171,7 @@ class BarrierObjective:
         For what makes the gradients itself, as a trainer that takes weighted rewards (there the weight is -w_k); see
         `measure`. 0 before anything was measured.
         """
-        return dict(zip(self._committed.bounds.names, self._committed.weights.tolist(), strict=True))
+        return dict(zip(self._committed.bounds.names, self._committed.weights, strict=True))
 
     # ---- calling it ------------------------------------------------------------------------------------
 
@@ -459,7 +459,7 @@ class BarrierObjective:
 
         Numbers that are not known yet are NaN.
         """
-        metrics = {"barrier/mu": self._committed.base_mu, "barrier/penalty": float(self._committed.penalty)}
+        metrics = {"barrier/mu": self._committed.base_mu, "barrier/penalty": self._committed.penalty}
         mean, stderr = self._committed.mean, self._committed.stderr
         for k, name in enumerate(self._committed.bounds.names):
             metrics[f"constraints/{name}/value"] = mean[k]

@@ -29,7 +29,8 @@ class PositionBaseline:
 
     def update(self, rows: Tensor) -> bool:
         """Commit a window's reduced rows [K, NUM_COLUMNS]; False if it had no per-token costs."""
-        if not bool(rows[:, -NUM_POSITIONS:].any()):
+        # Whoever has a token has a first one.
+        if not any(rows[:, -NUM_POSITIONS].tolist()):
             return False
         window = rows[:, Column.POSITIONS :].reshape(-1, 2, NUM_POSITIONS)
         measured = window[:, 1].sum(-1) > 0

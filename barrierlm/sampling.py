@@ -357,7 +357,11 @@ def _measure_sampled(stack: list[Sampled], center: Tensor, positions: Tensor) ->
     one = stack[0]
     wide, center = wide_dtype(one.device), center[:, None]
     values = _stacked(m.values for m in stack).to(wide)
-    logps = torch.zeros_like(values) if one.logps is None else _stacked(m.logps for m in stack)
+    if one.logps is None:
+        logps = torch.zeros_like(values)
+    else:  # several costs of the same responses share one tensor
+        shared = all(m.logps is one.logps for m in stack)
+        logps = one.logps[None] if shared else _stacked(m.logps for m in stack)
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
     bad = _nonfinite(values) | _nonfinite(logps.detach())
     if one.old_logps is not None:
