@@ -41,6 +41,9 @@ class Readings:
         known: Which bounds were measured [m], bool.
         window_stderr: Standard errors of one window's mean [m]; default: ``stderr``.
 
+    Raises:
+        ValueError: Vectors of different lengths.
+
     Example:
         >>> z, noise = torch.tensor([-0.2]), torch.tensor([0.1])
         >>> Readings(z, z, noise, noise, torch.tensor([True])).each()[0].known
