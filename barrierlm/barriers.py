@@ -24,7 +24,7 @@ class Reading(NamedTuple):
     stderr: float
     noise: float
     known: bool
-    window_stderr: float
+    typical: float
 
 
 class Readings:
@@ -39,7 +39,7 @@ class Readings:
         stderr: Standard errors of the estimate [m]: 0 when exact, 1 when not known yet.
         noise: The same, times the noise floor [m].
         known: Which bounds were measured [m], bool.
-        window_stderr: Standard errors of one window's mean [m]; default: ``stderr``.
+        typical: `EMA.typical` in scales [m], from before the newest window; NaN where not known, the default.
 
     Raises:
         ValueError: Vectors of different lengths.
@@ -57,9 +57,9 @@ class Readings:
         stderr: Tensor,
         noise: Tensor,
         known: Tensor,
-        window_stderr: Tensor | None = None,
+        typical: Tensor | None = None,
     ) -> None:
-        vectors = (z, window_z, stderr, noise, known, stderr if window_stderr is None else window_stderr)
+        vectors = (z, window_z, stderr, noise, known, torch.full_like(z, math.nan) if typical is None else typical)
         self._bounds = [Reading(*numbers) for numbers in zip(*(x.tolist() for x in vectors), strict=True)]
 
     @classmethod
@@ -72,6 +72,9 @@ class Readings:
     def each(self) -> list[Reading]:
         """Bound by bound, as numbers."""
         return self._bounds
+
+    def __repr__(self) -> str:
+        return f"Readings.of({self._bounds})"
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in Reading._fields:

@@ -18,8 +18,10 @@ from .positions import PositionBaseline
 from .saved import saved_count, saved_tensor
 from .schedules import Schedule
 
+#: Of the states that are saved; 2 has `EMA.typical`.
+_VERSION = 2
 #: The reading of a bound that was not measured.
-_NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False, 0.0)
+_NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False, math.nan)
 
 
 class View(NamedTuple):
@@ -97,6 +99,8 @@ class Committed:
             window_mean = [
                 c + row[Column.SUM] / max(row[Column.COUNT], 1.0) for c, row in zip(center, sums, strict=True)
             ]
+            # From before the window: a factor that knows the window's own noise would bias what it multiplies.
+            typical = self.estimator.typical
             self.scales.update(sums, center)
             self.estimator.update(sums)
             if self.positions.update(rows):
@@ -105,7 +109,9 @@ class Committed:
             if tick:
                 window_z = self.bounds.violations(window_mean, self.scales.value)
                 news = [
-                    r._replace(window_z=z + shift) if r.known and measured[k] else _NOTHING
+                    r._replace(window_z=z + shift, typical=typical[k] / self.scales.value[k])
+                    if r.known and measured[k]
+                    else _NOTHING
                     for r, z, shift, (k, _) in zip(
                         self._readings, window_z, self._shift, self.bounds.sides, strict=True
                     )
@@ -134,7 +140,7 @@ class Committed:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and names, deep-copied."""
         return {
-            "version": 1,
+            "version": _VERSION,
             "constraints": self.bounds.fingerprint(),
             "methods": self._methods(),
             "windows": self.windows,
@@ -143,9 +149,9 @@ class Committed:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave, or raise and change nothing."""
-        if not isinstance(state, Mapping) or repr(state.get("version")) != "1":  # a tensor has no plain !=
+        if not isinstance(state, Mapping) or repr(state.get("version")) != repr(_VERSION):  # a tensor has no plain !=
             given = f"version {state.get('version')!r}" if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state is {given}; allowed: version 1, as made by state_dict()")
+            raise ValueError(f"state is {given}; allowed: version {_VERSION}, as made by state_dict()")
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"state lacks {min(missing)!r}; allowed: a state made by state_dict()")
@@ -185,10 +191,9 @@ class Committed:
             self._shift.append(self.confidence * window / self._LONG if known else 0.0)
             reading = _NOTHING
             if math.isfinite(z):
-                if not known:  # counts as one scale
-                    own = window = 1.0
+                own = own if known else 1.0  # counts as one scale
                 at = z + self._shift[-1]
-                reading = Reading(at, at, own, self.noise_floor * own, True, window)
+                reading = Reading(at, at, own, self.noise_floor * own, True, math.nan)
             self._readings.append(reading)
 
     def _refresh(self) -> None:
@@ -223,10 +228,11 @@ class Committed:
         """What a call reads, on ``device``: copied there once per window, without waiting for it."""
         if device not in self._views:
             normalizer = 1 / (1 + sum(self._multiplier))
-            numbers = vector([*self.estimator.center, *self.weights, self.penalty, normalizer])
-            numbers, baselines = (
-                x.to(device, wide_dtype(device), non_blocking=True) for x in (numbers, self.baselines)
-            )
+            with torch.inference_mode(False):  # a later call differentiates with them
+                numbers = vector([*self.estimator.center, *self.weights, self.penalty, normalizer])
+                numbers, baselines = (
+                    x.to(device, wide_dtype(device), non_blocking=True) for x in (numbers, self.baselines)
+                )
             center, weights, (penalty, normalizer) = numbers.split([len(self.weights), len(self.weights), 2])
             self._views[device] = View(center, baselines, weights, penalty, normalizer)
         return self._views[device]

@@ -68,6 +68,10 @@ def window_row(d: Tensor, same: Tensor | None = None) -> Tensor:
     return torch.stack([n, total, squares, groups, (group_sum**2 / size).sum(-1), group_sum.sum(-1), sizes], -1)
 
 
+#: Weight of the newest window in `EMA.typical`.
+_SLOW = 0.05
+
+
 class _Sums(NamedTuple):
     """What an `EMA` keeps of one constraint: weighted sums over its windows, and their mean."""
 
@@ -78,6 +82,16 @@ class _Sums(NamedTuple):
     spread: float = 0.0
     mean: float = 0.0
     exact: float = 0.0
+    slow_weight: float = 0.0
+    sample_variance: float = 0.0
+    window_variance: float = 0.0
+
+    @property
+    def typical(self) -> float:
+        """Standard deviation of single samples, or 4 of a window's mean where that is less; NaN if not known."""
+        if self.slow_weight <= 0:
+            return math.nan
+        return math.sqrt(min(self.sample_variance, 16 * self.window_variance))
 
     def stderrs(self) -> tuple[float, float]:
         """Of the mean, and of one window's mean, as noisy as the recent ones; 0 if exact, NaN if not known."""
@@ -156,6 +170,14 @@ class EMA:
         """By constraint [K]: `stderr`, and that of a single window's mean, as noisy as the recent ones."""
         return [s.stderrs() for s in self._sums]
 
+    @property
+    def typical(self) -> list[float]:
+        """What a window's mean may differ by, over some 20 windows, [K] in the users' units; NaN where not known.
+
+        The standard deviation of single samples, or four standard errors of a window's mean where that is less.
+        """
+        return [s.typical for s in self._sums]
+
     def update(self, rows: list[list[float]]) -> None:
         """Commit the sums of a window's reduced rows [K, Column.POSITIONS]; one without samples changes nothing."""
         self._sums = [
@@ -170,6 +192,13 @@ class EMA:
         variance = deviation / (count * count) * groups / max(groups - 1, 0.5)
         # Exact values that differ within a window are samples after all.
         exact = float(num_exact >= count and deviation <= 1e-20 * group_squares)
+        # Of one sample alone about the mean before it, which the first window does not have.
+        squares = row[Column.SQUARES]
+        single = max(squares - count * d * d, 0.0) / (count - 1) if count > 1.5 else squares
+        slow = _SLOW if count > 1.5 or s.weight > 0 else 0.0
+        slow_weight = (1 - slow) * s.slow_weight + slow
+        share = slow / max(slow_weight, slow, 1e-300)
+        own = variance if has_spread else single / count
         a, x = self.smoothing, s.mean + d
         weight = (1 - a) * s.weight + a
         step = x - s.mean
@@ -182,6 +211,9 @@ class EMA:
             spread=(1 - a) * s.spread + a * step * (x - mean),
             mean=mean,
             exact=(1 - a) * s.exact + a * exact,
+            slow_weight=slow_weight,
+            sample_variance=s.sample_variance + share * (single - s.sample_variance),
+            window_variance=s.window_variance + share * (own - s.window_variance),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,9 +26,8 @@ _RESTART = 5
 #: `unit="auto"`: where a search begins, what it grows by in a window, where it ends, and the share of the largest unit
 #: found for other bounds that it does not begin below.
 _UNIT_START, _UNIT_GROWTH, _UNIT_END, _UNIT_SHARE = 0.01, 1.1, 1e3, 0.3
-#: The standard error of a window, in scales, with which z counts as it is; the most and the least that another makes
-#: of it.
-_ORDINARY_NOISE, _FINEST, _COARSEST = 0.25, 4.0, 0.1
+#: The least and the most that the spread of samples, in scales, divides a step by.
+_NARROWEST, _WIDEST = 0.25, 10.0
 #: Of one that does not come down: how much counts in a step, and the share of the multiplier that the step grows with.
 _FAR_STEP, _GROWTH = 0.3, 0.2
 
@@ -66,29 +65,30 @@ _fields = attrgetter(*_Bound.__slots__)
 
 
 class _Column:
-    """A field of all bounds as a tensor [m]; assigning one sets it in all of them."""
+    """A field of all bounds as a new tensor [m]: writing into it changes nothing, assigning one sets it in all."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def __get__(self, rule: _Learner, owner: type) -> Tensor:
-        return torch.tensor([getattr(b, self.name) for b in rule.bounds], dtype=torch.float64)
+        return torch.tensor([getattr(b, self.name) for b in rule._bounds], dtype=torch.float64)
 
     def __set__(self, rule: _Learner, values: Tensor) -> None:
-        rule.bounds = [replace(b, **{self.name: x}) for b, x in zip(rule.bounds, values.tolist(), strict=True)]
+        rule._bounds = [replace(b, **{self.name: x}) for b, x in zip(rule._bounds, values.tolist(), strict=True)]
 
 
 class _Learner(Rule):
     r"""Learned multipliers: what `ModifiedBarrier` and `AdaptiveBarrier` share.
 
-    .. math:: \hat\lambda \leftarrow \hat\lambda + \frac{\gamma}{1 + t/\tau} \, g \, \frac{z_\text{window}}{4 \sigma},
+    .. math:: \hat\lambda \leftarrow \hat\lambda + \frac{\gamma}{1 + t/\tau} \, g \, \frac{z_\text{window}}{\sigma},
               \qquad \mu_t = \mu \sqrt{1 + t/\tau}
 
     This is for sampled bounds. The newest window's z is used because the sum over steps averages by itself; an
     averaged z would only add delay. What keeps it steady:
 
-    - z counts in standard errors sigma of a window's mean (within factors of 4 and 1/10): in the unit of a narrow
-      window the same noise is a larger z and the same multiplier a smaller number, and a step of z would shake it.
+    - z counts in standard deviations sigma of single samples, which default scales are already; with more than 16
+      samples in 4 standard errors of a window's mean; within 1/4 and 10 scales. In the unit of a narrow window the same
+      z is a larger number and the same multiplier a smaller one, so a step of z would shake it.
     - Averaging is what a decaying step is for, and the noise that the barrier's own slope lets through, 1/mu, has to
       fall with it. Age t counts the windows up to the estimate's last crossing of the bound: what stays on one side
       still has something to learn, what crosses swings around it, from noise or from delay (Kesten's rule).
@@ -110,7 +110,7 @@ class _Learner(Rule):
 
     confidence = 0.5
     #: Numbers, which a step decides about one by one. The list is replaced by every step, never changed.
-    bounds: list[_Bound]
+    _bounds: list[_Bound]
     units, found, learned = _Column(), _Column(), _Column()
     age, side, uncrossed = _Column(), _Column(), _Column()
     average, seen, lasting = _Column(), _Column(), _Column()
@@ -138,7 +138,7 @@ class _Learner(Rule):
 
     def start(self, num_bounds: int) -> None:
         unit = _UNIT_START if isinstance(self.unit, str) else self.unit
-        self.bounds = [_Bound(unit) for _ in range(num_bounds)]
+        self._bounds = [_Bound(unit) for _ in range(num_bounds)]
 
     def _growth(self, b: _Bound) -> float:
         """What a bound of this age multiplies mu by."""
@@ -150,11 +150,11 @@ class _Learner(Rule):
 
     def _tensors(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Units, learned multipliers and `_own` [m] of all bounds, like z; made once for a step's questions."""
-        if self._made is None or self._made[0] is not self.bounds:
+        if self._made is None or self._made[0] is not self._bounds:
             numbers = (
-                [b.units for b in self.bounds] + [b.learned for b in self.bounds] + list(map(self._own, self.bounds))
+                [b.units for b in self._bounds] + [b.learned for b in self._bounds] + list(map(self._own, self._bounds))
             )
-            self._made = self.bounds, torch.tensor(numbers, dtype=torch.float64).view(3, -1)
+            self._made = self._bounds, torch.tensor(numbers, dtype=torch.float64).view(3, -1)
         units, learned, own = self._made[1].to(z).unbind()
         return units, learned, own
 
@@ -183,7 +183,7 @@ class _Learner(Rule):
         restart = b.lasting >= _RESTART * self.patience
         age = 0.0 if restart else b.age
         if noisy:
-            told = r.window_z * min(max(_ORDINARY_NOISE / max(r.window_stderr, 1e-300), _COARSEST), _FINEST)
+            told = r.window_z if math.isnan(r.typical) else r.window_z / min(max(r.typical, _NARROWEST), _WIDEST)
             drive = max(min(told, 1.0 if near else _FAR_STEP), -1.0)
             if r.z > _FAR * r.stderr and coming:
                 drive = 0.0
@@ -207,11 +207,11 @@ class ModifiedBarrier(_Learner):
     r"""Learned multipliers on a shifted log barrier: exact at a fixed mu, with no m mu bias.
 
     .. math:: B(z) = \mu \hat\lambda \, \psi(z/\mu), \quad \psi(u) = -\log(1-u), \qquad
-              \hat\lambda \leftarrow \hat\lambda + \gamma_t \, g \, \frac{z}{4 \sigma}, \quad
+              \hat\lambda \leftarrow \hat\lambda + \gamma_t \, g \, \frac{z}{\sigma}, \quad
               \gamma_t = \gamma_0 / (1 + t/\tau)
 
     continued by a parabola for u > 1/2 (relaxed extrapolation). Needs no schedule. With noise (sigma is the standard
-    error of a window's mean, in units of the scale; exact bounds take z itself) the step decays and mu
+    deviation of single samples, or 4 standard errors of a window, in units of the scale) the step decays and mu
     grows with the age t of a bound, :math:`\mu \sqrt{1 + t/\tau}`; ARCHITECTURE.md, "The default rule hands over",
     has the measurements.
 
@@ -261,14 +261,14 @@ class ModifiedBarrier(_Learner):
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """The damped multiplier step of every measured bound."""
-        bounds = [_Bound(*_fields(b)) for b in self.bounds]
+        bounds = [_Bound(*_fields(b)) for b in self._bounds]
         largest = max(b.units for b in bounds)
         for b, r, own in zip(bounds, readings.each(), mu.tolist(), strict=True):
             if r.known:
                 coming = self._coming_down(b, r)
                 self._search(b, r, largest, coming=coming)
                 self._learn(b, r, own, coming=coming)
-        self.bounds = bounds
+        self._bounds = bounds
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The mu that noise has let grow."""
@@ -342,7 +342,7 @@ class AdaptiveBarrier(_Learner):
         return b.frozen_mu * self._growth(b) if b.frozen_mu > 0 else 1.0
 
     def _mix(self, modified: Callable[[], Tensor], relaxed: Callable[[], Tensor], device: torch.device) -> Tensor:
-        handed_over = [b.frozen_mu > 0 for b in self.bounds]
+        handed_over = [b.frozen_mu > 0 for b in self._bounds]
         if all(handed_over):
             return modified()
         if not any(handed_over):
@@ -363,7 +363,7 @@ class AdaptiveBarrier(_Learner):
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """Learn where handed over; hand over where mu has stopped."""
-        bounds = [_Bound(*_fields(b)) for b in self.bounds]
+        bounds = [_Bound(*_fields(b)) for b in self._bounds]
         given = list(zip(readings.each(), mu.tolist(), strict=True))
         largest = max(b.units for b in bounds)
         # One bound's noise, or its end, holds the others' mu too.
@@ -381,7 +381,7 @@ class AdaptiveBarrier(_Learner):
                 # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
                 b.frozen_mu = max(m, math.sqrt(r.noise))
                 b.learned = self._implied(r.z, b.frozen_mu)
-        self.bounds = bounds
+        self._bounds = bounds
 
     def _implied(self, z: float, mu: float) -> float:
         """The learned multiplier with which the modified barrier goes on where the relaxed one stands."""
@@ -391,5 +391,7 @@ class AdaptiveBarrier(_Learner):
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The frozen mu, as noise has let it grow, where the bound has been handed over."""
         units, _, own = self._tensors(mu)
-        used = self._mix(lambda: own, lambda: mu, mu.device)
-        return units * used, used * used
+        return (
+            units * self._mix(lambda: own, lambda: mu, mu.device),
+            self._mix(lambda: own * own, lambda: s, mu.device),
+        )

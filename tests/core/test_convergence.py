@@ -17,6 +17,7 @@ from barrierlm import (
     ExponentialSchedule,
     ModifiedBarrier,
     RelaxedLogBarrier,
+    Sampled,
 )
 from barrierlm.diagnostics import FeasibilityWatch
 from tests.problems import BARRIER_POINTS, linear, sampled_run
@@ -220,6 +221,25 @@ def test_the_default_holds_under_sampling_noise(seed):
     assert gaps.mean() < 0.05
     assert multipliers.mean().item() == pytest.approx(0.69, abs=0.1)
     assert multipliers.std() < 0.15
+
+
+@pytest.mark.parametrize("estimator", [EMA, BatchMean])
+def test_a_skewed_cost_ends_on_its_bound(estimator):
+    """Windows with a large mean have a large spread as well: a step divided by its own window's would be biased."""
+    spread, theta = 1.2, torch.tensor(0.5, dtype=F64, requires_grad=True)
+    objective = BarrierObjective(None, [Constraint("c", upper=1.0)], estimator=estimator(), confidence=0.0)
+    optimizer, generator, means = torch.optim.Adam([theta], lr=0.02), torch.Generator().manual_seed(0), []
+    for step in range(1500):
+        x = theta.detach() + spread * torch.randn(16, generator=generator, dtype=F64)
+        logps = -((x - theta) ** 2) / (2 * spread**2)
+        cost = (x - spread**2 / 2).exp()  # log-normal with the mean exp(theta)
+        out = objective.combine(-2 * (theta / 2).exp(), {"c": Sampled(cost, logps)})
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        objective.step()
+        means += [theta.exp().item()] * (step >= 750)
+    assert np.mean(means) == pytest.approx(1, abs=0.08)
 
 
 @pytest.mark.parametrize("loss_scale", [0.05, 20.0])

@@ -28,11 +28,11 @@ class Run:
 
     def __init__(self, rule, call):
         generator = torch.Generator().manual_seed(0)
-        self.head = torch.nn.Parameter(torch.randn(8, 4, generator=generator))
-        self.hidden = torch.randn(5, 4, generator=generator)
-        self.objective = BarrierObjective(
-            None, [Constraint("path", upper=0.5), Constraint("tokens", lower=2.5, upper=4.0)], rule=rule()
-        )
+        # In fp64, the committed numbers' own dtype, nothing is copied on its way into the loss.
+        self.head = torch.nn.Parameter(torch.randn(8, 4, generator=generator, dtype=torch.float64))
+        self.hidden = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+        constraints = [Constraint("path", upper=0.2), Constraint("tokens", lower=2.5, upper=4.0)]
+        self.objective = BarrierObjective(None, constraints, rule=rule(), normalize=True)
         self.call = getattr(self, call)
 
     def combine(self):

@@ -163,7 +163,7 @@ def test_a_state_that_lacks_something_is_refused():
     with pytest.raises(ValueError, match="state of the watch does not fit: it lacks 'present'"):
         objective.load_state_dict(state)
     with pytest.raises(ValueError, match="state lacks 'constraints'"):
-        objective.load_state_dict({"version": 1})
+        objective.load_state_dict({"version": 2})
 
 
 # ---- the adaptive schedule ------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_a_state_that_lacks_something_is_refused():
 def ticks(schedule, z, stderr, times=1, known=True):
     z, stderr = torch.tensor([z], dtype=F64), torch.tensor([stderr], dtype=F64)
     for _ in range(times):
-        schedule.tick(Readings(z, z, stderr, stderr, torch.tensor([known]), stderr))
+        schedule.tick(Readings(z, z, stderr, stderr, torch.tensor([known])))
     return schedule.mu
 
 
