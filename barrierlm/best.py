@@ -178,6 +178,8 @@ class BestFeasible:
                 raise ValueError(f"state was saved for {name}={state[name]}; allowed: {getattr(self, name)}")
         try:
             best = None if state["best"] is None else _State(*state["best"])
+            if best is not None and not all(map(isinstance, best, (int, int | float, int | float, str, int))):
+                raise TypeError(f"its best state is {tuple(best)}")
             numbers = int(state["updates"]), float(state["loss"]), float(state["weight"])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"state is damaged ({error}); allowed: a mapping as made by state_dict()") from error

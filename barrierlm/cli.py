@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides = []
     arguments.overrides = [*arguments.overrides, *rest]
     try:
+        from barrierlm.distributed import LostRankError
         from barrierlm.files import StorageError
         from barrierlm.recipes.config import ConfigError, load_options
     except ModuleNotFoundError as error:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"barrierlm: {_named(error)}", file=sys.stderr)
         return 2
-    except StorageError as error:
+    except (StorageError, LostRankError) as error:
         print(f"barrierlm: {error}", file=sys.stderr)
         return 1
     return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,11 +42,32 @@ def all_reduce(buffer: Tensor, group: dist.ProcessGroup | None) -> None:
     try:
         dist.all_reduce(buffer, op=dist.ReduceOp.SUM, group=group)
     except RuntimeError as error:
-        raise RuntimeError(
+        raise LostRankError(
             f"the sums of {world_size(group)} ranks could not be added up: seen from rank {dist.get_rank()}, another "
             "one has stopped, or has not made this call within the timeout of init_process_group; allowed: the same "
             "calls, such as step(), on every rank of process_group. Nothing was committed. The reason given: "
             f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+class LostRankError(RuntimeError):
+    """Another rank has stopped, or does not come."""
+
+
+@contextmanager
+def lost_ranks() -> Iterator[None]:
+    """Within, what a backend says of a lost rank becomes an error in plain words, whoever made the call."""
+    try:
+        yield
+    except LostRankError:
+        raise
+    except RuntimeError as error:
+        # gloo has no class of its own for it.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise LostRankError(
+            f"rank {dist.get_rank()} has lost another one, which has stopped, or has not come within the timeout; the "
+            f"other rank's own message, if it could give one, says why. The reason given: {str(error).splitlines()[0]}"
         ) from error
 
 

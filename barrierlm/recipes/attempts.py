@@ -50,7 +50,7 @@ class Attempts:
                 return self._once(action)
             except CostError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a cost has no business to end the run without a word
                 failure = error
                 what = f"{type(error).__name__}: {error}"
                 _log.warning("cost %s failed, attempt %d of %d: %s", self.name, attempt + 1, self._most, what)
@@ -88,10 +88,13 @@ class Attempts:
                 outcome.append((None, error))
 
         thread = threading.Thread(target=work, daemon=True, name=f"cost {self.name}")  # must not hold up the exit
+        began = time.monotonic()
         thread.start()
         thread.join(self.options.timeout)
         if not outcome:
             self._abandoned.append(thread)
+        # A function that never lets another thread run (one long regular expression) answers, but late.
+        if not outcome or time.monotonic() - began > 2 * self.options.timeout:
             raise TimeoutError(f"no answer within costs.timeout={self.options.timeout:g} s")
         value, failure = outcome[0]
         if failure is not None:

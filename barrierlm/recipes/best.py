@@ -47,9 +47,16 @@ class BestWeights:
         return {"choice": self.choice.state_dict(), "copy": self.copy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: A state of other weights, or a damaged one.
+        """
+        copy, shapes = state["copy"], [p.shape for p in self.weights]
+        if copy is not None and [getattr(value, "shape", None) for value in copy] != shapes:
+            raise ValueError("the copy of the best weights is of others; allowed: one tensor for each weight")
         self.choice.load_state_dict(state["choice"])
-        self.copy = state["copy"]
+        self.copy = copy
 
 
 def _put(values: Sequence[Tensor], weights: Sequence[nn.Parameter]) -> None:

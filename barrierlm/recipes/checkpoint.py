@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import zipfile
@@ -144,6 +145,7 @@ class Checkpoints:
         absent = [state[name] is None for name in ("objective", "best")]
         if shapes != given or absent != [self.objective is None, self.best is None]:
             raise ConfigError(f"{path} is of another model or of other constraints; allowed: the same options")
+        self._check_optimizer(state["optimizer"])
         if self.objective is not None:
             self.objective.load_state_dict(state["objective"])
         if self.best is not None:
@@ -153,6 +155,22 @@ class Checkpoints:
             for p, value in zip(self.weights, state["weights"], strict=True):
                 p.copy_(value)
         set_random_state(state["random"][self.accelerator.process_index])
+
+    def _check_optimizer(self, state: Any) -> None:
+        """torch takes whatever has the right number of weights, and fails in the next step."""
+        own = [{**group, "lr": None} for group in self.optimizer.state_dict()["param_groups"]]
+        given = state["param_groups"]
+        # Another version of torch may know fewer or more settings.
+        saved = [{**own[0], **{name: group[name] for name in own[0] if name in group}, "lr": None} for group in given]
+        rates = [group["lr"] for group in given]
+        if repr(saved) != repr(own) or not all(isinstance(lr, float) and math.isfinite(lr) for lr in rates):
+            raise ValueError("the optimizer's settings are others; allowed: those of this run")
+        for index, moments in state["state"].items():
+            shape = self.weights[index].shape
+            for name, value in moments.items():
+                expected = torch.Size() if name == "step" else shape
+                if not isinstance(value, torch.Tensor) or value.shape != expected or not bool(value.isfinite().all()):
+                    raise ValueError(f"the optimizer's {name} does not fit; allowed: finite, {tuple(expected)}")
 
     def _newest_whole(self) -> int:
         """Its step. What is damaged is set aside: it must neither count as a checkpoint nor be lost."""
@@ -217,6 +235,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise _Damaged(f"not written by this recipe ({str(error).splitlines()[0]})") from None
     except _Damaged:
         raise
+    except (MemoryError, PermissionError) as error:  # says nothing about the file
+        raise ConfigError(
+            f"{path} cannot be read now ({type(error).__name__}: {error}); it was left as it is"
+        ) from error
     except Exception as error:  # one flipped bit turns plain records into compressed ones: zlib.error, and others
         raise _Damaged(f"not a whole file ({error})") from None
     if not isinstance(state, dict) or state.get("format") != _FORMAT or not state.keys() >= _KEYS:

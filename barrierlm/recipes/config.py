@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -33,8 +34,9 @@ def config_path(name: str) -> Path:
         ConfigError: Neither exists.
     """
     for path in (Path(name), CONFIGS / f"{name}.yaml"):
-        if path.is_file():
-            return path
+        with suppress(OSError):  # such as a name that is too long for one
+            if path.is_file():
+                return path
     shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     raise ConfigError(f"config {name!r} is not a file; allowed: a YAML file, or a shipped config ({shipped})")
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from barrierlm.files import replacing
+
 from .extras import missing_extra
 from .options import ConstraintOptions
 
@@ -23,6 +25,7 @@ def draw_figure(metrics: Path, constraints: Mapping[str, ConstraintOptions], tar
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
+        StorageError: It cannot be written.
     """
     if not constraints:
         return
@@ -64,4 +67,5 @@ def draw_figure(metrics: Path, constraints: Mapping[str, ConstraintOptions], tar
             axis.legend(frameon=False, fontsize=8)
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=140)
+    with replacing(target) as file:
+        figure.savefig(file, dpi=140, format="png")

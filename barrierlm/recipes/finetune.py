@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from barrierlm import BarrierObjective, Sampled
+from barrierlm.distributed import lost_ranks
 from barrierlm.files import make_folder, replacing
 
 from .best import BestWeights
@@ -121,7 +122,8 @@ def train(
         for step in range(first, options.optim.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options.optim)
-            metrics = train_step(workspace, model, optimizer, objective, step)
+            with lost_ranks():
+                metrics = train_step(workspace, model, optimizer, objective, step)
             metrics_file.write(step + 1, {"lr": learning_rate(step, options.optim), **metrics})
             bar.update(metrics["loss/task"], objective)
             if best is not None and objective is not None:

@@ -11,11 +11,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
 import torch
 import transformers
 from barrierlm_kernels import linear_sequence_logprob
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from barrierlm.files import storage_errors
 
 from .config import ConfigError
 from .extras import missing_extra
@@ -304,12 +307,19 @@ def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, options: Mode
     """Write what was trained: the adapters, or all weights.
 
     The packaged model is written whole, in fp32 with its adapters merged: no base that peft could load belongs to them.
+
+    Raises:
+        StorageError: It cannot be written.
     """
     lm = policy.lm
     if options.lora_rank and options.name == PACKAGED:
         lm = copy.deepcopy(lm).float().merge_and_unload()
-    lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with storage_errors(folder):
+        try:
+            lm.save_pretrained(folder)
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
+        tokenizer.save_pretrained(folder)
 
 
 def quiet_transformers() -> None:

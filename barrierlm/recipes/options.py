@@ -157,7 +157,10 @@ class Options:
     rollout: RolloutOptions = _option(RolloutOptions, "")
     optim: OptimOptions = _option(OptimOptions, "")
     evaluation: EvaluationOptions = _option(EvaluationOptions, "")
-    seed: int = _option(0, "seed of the data order, the adapters and the sampling", low=0)
+    seed: int = _option(0, "seed of the data order, the adapters and the sampling", low=0, below=2**40)
+    rank_timeout: float = _option(
+        600.0, "seconds that a process waits for the others before it stops with an error", above=0, may_differ=True
+    )
     output_dir: str = _option(
         "runs/finetune", "folder of metrics, checkpoints, summary, figure and weights", may_differ=True
     )

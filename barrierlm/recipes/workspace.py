@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ def open_workspace(options: Options) -> Workspace:
     accelerator = Accelerator(
         gradient_accumulation_steps=options.optim.gradient_accumulation,
         mixed_precision="no",  # `Policy` has its own autocast, the same in training and in sampling
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=options.rank_timeout))],
     )
     # Into a file or a pipe, tables get room: there is no terminal whose width they must fit.
     console = Console(quiet=not accelerator.is_main_process, width=None if sys.stdout.isatty() else 130)

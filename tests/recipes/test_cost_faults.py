@@ -1,6 +1,7 @@
 """Costs that raise, hang, or give no number; responses that are all empty."""
 
 import math
+import re
 import threading
 import time
 from pathlib import Path
@@ -33,6 +34,28 @@ def failing(times: int, then=(1.0, 2.0)):
         return list(then)
 
     return cost, calls
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_a_function_that_exits_has_failed(timeout: float | None):
+    cost = FunctionCost(lambda completions: exit(0), "leaves", CostOptions(timeout=timeout, on_error="stop"))
+    with pytest.raises(CostError, match=r"cost leaves failed 1 time.*SystemExit: 0"):
+        cost(ROLLOUTS)
+
+
+def test_an_answer_that_held_all_threads_up_is_late():
+    """A backtracking regular expression does not let the clock's thread run until it is through."""
+
+    def slow(completions):
+        re.match(r"(a+)+$", "a" * 24 + "b")
+        return [1.0, 2.0]
+
+    began = time.monotonic()
+    slow([])
+    alone = time.monotonic() - began
+    cost = FunctionCost(slow, "slow", CostOptions(timeout=alone / 50, on_error="stop"))
+    with pytest.raises(CostError, match="TimeoutError: no answer within"):
+        cost(ROLLOUTS)
 
 
 @pytest.mark.parametrize("timeout", [None, 5.0])

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import math
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from barrierlm import BarrierObjective, Constraint
 from barrierlm.cli import main
 from barrierlm.files import UNFINISHED, StorageError, make_folder, replacing
+from barrierlm.recipes.best import BestWeights
 from barrierlm.recipes.checkpoint import Checkpoints
 from barrierlm.recipes.config import ConfigError, load_options
 from barrierlm.recipes.finetune import finetune
@@ -33,14 +35,15 @@ from .test_finetune import metrics, without_times
 class Small:
     """A model of one weight with everything a checkpoint holds."""
 
-    def __init__(self, folder: Path, *, upper: float = 1.0, **run: Any) -> None:
+    def __init__(self, folder: Path, *, upper: float = 1.0, best: bool = False, **run: Any) -> None:
         self.weight = torch.nn.Parameter(torch.zeros(300))
         self.optimizer = torch.optim.AdamW([self.weight], lr=0.1)
         self.objective = BarrierObjective(None, [Constraint("c", upper=upper)])
         self.said: list[str] = []
         accelerator = types.SimpleNamespace(is_main_process=True, process_index=0)
+        self.best = BestWeights([self.weight]) if best else None
         self.checkpoints = Checkpoints(
-            folder, accelerator, [self.weight], self.optimizer, self.objective, run=run, say=self.said.append
+            folder, accelerator, [self.weight], self.optimizer, self.objective, self.best, run=run, say=self.said.append
         )
 
     def step(self) -> None:
@@ -144,7 +147,8 @@ def test_two_are_kept_in_the_order_of_their_numbers(three):
 def damage(path: Path, how: str) -> None:
     data = bytearray(path.read_bytes())
     if how == "flipped":
-        data[len(data) // 2] ^= 1
+        for place in range(len(data) // 2, len(data) // 2 + 128):  # more than the padding between records
+            data[place] ^= 1
     elif how == "pickle":
         data = bytearray(b"cos\nsystem\n(S'touch hacked'\ntR.")
     elif how == "foreign":
@@ -239,6 +243,80 @@ def test_an_edited_checkpoint_is_one_clear_error(three, key: str, value: Any):
     torch.save(torch.load(path, weights_only=True) | {key: value}, path)
     with pytest.raises(ConfigError, match=r"step-000003.pt does not fit this run: \w+Error"):
         Small(folder).checkpoints.load()
+
+
+ODD = [
+    None,
+    "x",
+    3,
+    -1,
+    2.5,
+    math.nan,
+    [],
+    {},
+    [1.0],
+    {"a": 1},
+    torch.zeros(0),
+    torch.zeros(7),
+    torch.full((300,), math.nan),
+]
+
+
+def places(value: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths to everything inside nested dicts, lists and tuples."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in inside:
+        yield (*before, key)
+        if not (isinstance(item, tuple) and len(item) > 50):  # Python's random state
+            yield from places(item, (*before, key))
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """``value`` with ``new`` at the path."""
+    if not path:
+        return new
+    items = dict(value) if isinstance(value, dict) else list(value)
+    items[path[0]] = put(items[path[0]], path[1:], new)
+    return tuple(items) if isinstance(value, tuple) else items
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_whatever_is_replaced_in_a_whole_checkpoint_is_refused_or_harmless(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("c")
+    small = Small(folder, best=True)
+    small.step()
+    assert small.best is not None
+    small.best.update(small.objective.report(), 1.0)
+    small.checkpoints.save(1)
+    path = folder / "step-000001.pt"
+    state = torch.load(path, weights_only=True)
+    where = data.draw(st.sampled_from([place for place in places(state) if place[0] not in ("random", "weights")]))
+    torch.save(put(state, where, data.draw(st.sampled_from(ODD))), path)
+    again = Small(folder, best=True)
+    try:
+        again.checkpoints.load()
+    except ConfigError:
+        return
+    again.step()
+    assert again.best is not None
+    again.best.update(again.objective.report(), 1.0)
+    if again.best.copy is not None:
+        with again.best.in_place():
+            pass
+    assert again.weight.isfinite().all()
+    again.checkpoints.save(2)
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(three, monkeypatch: pytest.MonkeyPatch):
+    folder, _ = three
+    before = names(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError("no room")))
+        with pytest.raises(ConfigError, match=r"cannot be read now \(MemoryError"):
+            Small(folder).checkpoints.load()
+    assert names(folder) == before
+    assert Small(folder).checkpoints.load() == 3
 
 
 def test_a_checkpoint_of_another_run_is_refused(three):

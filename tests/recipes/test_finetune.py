@@ -111,7 +111,7 @@ def test_a_resumed_run_is_bit_equal(overrides: list[str], tmp_path: Path, change
         assert all(torch.equal(a, b) for a, b in zip(best[0]["copy"], best[1]["copy"], strict=True))
 
 
-@pytest.mark.parametrize(("lower", "upper", "met"), [(1, 12, True), (10, 12, False)])
+@pytest.mark.parametrize(("lower", "upper", "met"), [(1, 16, True), (10, 12, False)])
 def test_the_best_state_is_kept(
     overrides: list[str],
     tmp_path: Path,
@@ -132,7 +132,7 @@ def test_the_best_state_is_kept(
     monkeypatch.setattr(BestWeights, "update", record)
     monkeypatch.setattr("barrierlm.recipes.finetune.learning_rate", lambda step, _: 0.1 if step < 5 else -0.1)
     bounds = [f"constraints.length.lower={lower}", f"constraints.length.upper={upper}", "objective.unit=1"]
-    more = ["keep_best=true", "rollout.max_new_tokens=24", "rollout.prompts=16", "optim.steps=8"]
+    more = ["keep_best=true", "rollout.max_new_tokens=32", "rollout.prompts=16", "optim.steps=8"]
     options = load_options(None, [*overrides, *bounds, *more])
     final = finetune(options)
     folder, choice = Path(options.output_dir), choices[-1]
