@@ -14,6 +14,7 @@ from barrierlm import (
     RelaxedLogBarrier,
     Sampled,
 )
+from barrierlm.estimators import NUM_COLUMNS
 
 from .helpers import C, exact, relaxed, same, state_of
 
@@ -200,3 +201,30 @@ def test_a_wrong_number_of_samples_is_told():
     objective(measurements={"c": x}, num_samples_in_window={"c": 6})
     with pytest.warns(RuntimeWarning, match=r"\['c'\]=6, but the window had 3 samples.* 0.5 times"):
         objective.step()
+
+
+@pytest.mark.filterwarnings("ignore:a window without a single sample")
+def test_a_window_is_one_collective_whatever_it_holds(monkeypatch):
+    """Counted on a rank that has samples, one that has some, and one that has none."""
+    calls = []
+    monkeypatch.setattr("barrierlm.distributed.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("barrierlm.distributed.dist.get_world_size", lambda group=None: 2)
+    monkeypatch.setattr("barrierlm.distributed.dist.get_rank", lambda group=None: 0)
+    monkeypatch.setattr("barrierlm.distributed.dist.get_backend", lambda group=None: "gloo")
+
+    def all_reduce(tensor, op=None, group=None):
+        calls.append(tensor.numel())
+        tensor.mul_(2)  # the other rank has the same
+
+    monkeypatch.setattr("barrierlm.distributed.dist.all_reduce", all_reduce)
+    for name in ("all_gather", "all_gather_object", "broadcast", "barrier", "reduce_scatter"):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *args, name=name, **kwargs: calls.append(name))
+    objective = BarrierObjective(None, [Constraint("a", upper=1.0), Constraint("b", lower=0.0)])
+    theta = torch.zeros(4, requires_grad=True)
+    for window in ({"a": theta + 2, "b": theta}, {"a": theta + 2}, {}):
+        for _ in range(2):
+            objective.combine(theta.sum(), window).loss.backward()
+        assert calls == []
+        objective.step()
+        assert calls == [1 + 2 * NUM_COLUMNS]
+        calls.clear()

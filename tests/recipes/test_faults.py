@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from barrierlm import BarrierObjective, Constraint
 from barrierlm.cli import main
+from barrierlm.distributed import LostRankError, lost_ranks
 from barrierlm.files import UNFINISHED, StorageError, make_folder, replacing
 from barrierlm.recipes.best import BestWeights
 from barrierlm.recipes.checkpoint import Checkpoints
@@ -306,6 +307,15 @@ def test_whatever_is_replaced_in_a_whole_checkpoint_is_refused_or_harmless(tmp_p
             pass
     assert again.weight.isfinite().all()
     again.checkpoints.save(2)
+
+
+def test_a_lost_rank_is_named_and_other_errors_are_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 3)
+    with pytest.raises(LostRankError, match=r"rank 3 has lost another one.*Connection closed by peer"), lost_ranks():
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234\nand more")
+    with pytest.raises(RuntimeError, match=r"^shapes") as other, lost_ranks():
+        raise RuntimeError("shapes do not fit")
+    assert type(other.value) is RuntimeError
 
 
 def test_a_file_that_cannot_be_read_now_is_not_called_damaged(three, monkeypatch: pytest.MonkeyPatch):
