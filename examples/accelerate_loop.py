@@ -53,8 +53,9 @@ for epoch in range(done, 40):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:  # barrierlm
-                objective.step()  # barrierlm
+            if accelerator.sync_gradients:  # barrierlm
+                skipped = accelerator.optimizer_step_was_skipped  # barrierlm
+                objective.discard_window() if skipped else objective.step()  # barrierlm
     if epoch % 10 == 9:
         accelerator.save_state(str(path / "state"))
         if accelerator.is_main_process:

@@ -20,6 +20,10 @@ class Docstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         public = set(pkg.exports or [])
+        for name in map(str, public):  # a function in a module of its own name: the package has the function
+            module = pkg.members.get(name)
+            if module is not None and module.is_module and name in module.members:
+                pkg.members[name] = griffe.Alias(name, module.members[name], parent=pkg)
         self._walk(pkg, pkg, {str(name) for name in public})
 
     def _walk(self, package: griffe.Module, thing: Any, public: set[str]) -> None:

@@ -67,8 +67,9 @@ def violation(kind, trainer, names):
 def test_examples_end_within_their_bound(kind, tmp_path, monkeypatch):
     constrained = run(f"trl_{kind}.py", tmp_path, monkeypatch)
     trainer = constrained["trainer"]
-    assert violation(kind, trainer, constrained) < 0
     (row,) = trainer.objective.report()
+    # What was sampled ends on its bound, within its noise: a learned multiplier leaves no margin.
+    assert violation(kind, trainer, constrained) < (2 * row.stderr if kind == "grpo" else 0)
     assert row.verdict in ("met", "active")
     if kind == "sft":
         for block in blocks() - {

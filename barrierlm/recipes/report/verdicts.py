@@ -116,6 +116,8 @@ class Judged:
         missed = [f"{row.constraint} {_pm(row.mean, row.high)}, allowed {row.bounds}" for row in self.missed]
         if missed:
             return f"{', and' if self.violated else ' in training, but not'} held out: {'; '.join(missed)}"
+        if any(row.verdict == "violated, uncertain" for row in self.trained):
+            return "; held out it is uncertain" if self.violated else " in training; held out it is uncertain"
         return "; held out they are met" if self.violated else ", in training and held out"
 
 
