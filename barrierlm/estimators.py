@@ -172,9 +172,10 @@ class EMA:
 
     @property
     def typical(self) -> list[float]:
-        """What a window's mean may differ by, over some 20 windows, [K] in the users' units; NaN where not known.
+        """What learned multipliers count a violation in, [K] in the users' units; NaN where not known.
 
-        The standard deviation of single samples, or four standard errors of a window's mean where that is less.
+        The standard deviation of single samples, or four standard errors of a window's mean where that is less; both
+        averaged over some 20 windows.
         """
         return [s.typical for s in self._sums]
 

@@ -140,6 +140,10 @@ class _Learner(Rule):
         unit = _UNIT_START if isinstance(self.unit, str) else self.unit
         self._bounds = [_Bound(unit) for _ in range(num_bounds)]
 
+    def _copies(self) -> list[_Bound]:
+        """The bounds, to be changed by a step and put in their place when it is done."""
+        return [_Bound(*_fields(b)) for b in self._bounds]
+
     def _growth(self, b: _Bound) -> float:
         """What a bound of this age multiplies mu by."""
         return math.sqrt(1 + b.age / self.decay)
@@ -261,7 +265,7 @@ class ModifiedBarrier(_Learner):
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """The damped multiplier step of every measured bound."""
-        bounds = [_Bound(*_fields(b)) for b in self._bounds]
+        bounds = self._copies()
         largest = max(b.units for b in bounds)
         for b, r, own in zip(bounds, readings.each(), mu.tolist(), strict=True):
             if r.known:
@@ -363,7 +367,7 @@ class AdaptiveBarrier(_Learner):
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """Learn where handed over; hand over where mu has stopped."""
-        bounds = [_Bound(*_fields(b)) for b in self._bounds]
+        bounds = self._copies()
         given = list(zip(readings.each(), mu.tolist(), strict=True))
         largest = max(b.units for b in bounds)
         # One bound's noise, or its end, holds the others' mu too.
