@@ -44,11 +44,11 @@ class Head(NamedTuple):
 
 
 class OnePass(NamedTuple):
-    """``loss`` with gradient: task and sampled constraints; ``window_rows``: sums [NUM_COLUMNS] by constraint."""
+    """``loss`` with gradient: task and sampled constraints; ``window_rows``: sums [S, NUM_COLUMNS] by constraints."""
 
     loss: Tensor
     task_loss: Tensor
-    window_rows: dict[int, Tensor]
+    window_rows: dict[tuple[int, ...], Tensor]
 
 
 def check_pass(hidden: Any, head: Head, batch: Any, sampled: Mapping[str, Sampled]) -> None:
@@ -93,7 +93,7 @@ def one_pass(
     task_weights = batch.row_task_weights().to(torch.promote_types(hidden.dtype, torch.float32))
     row_weights = -task_weights
     value = torch.zeros((), dtype=wide, device=hidden.device)
-    window_rows = {k: value.new_zeros(NUM_COLUMNS) for k in sampled}
+    window_rows: dict[tuple[int, ...], Tensor] = {}
     responses = None
     if sampled and batch.num_sampled:
         responses = _Responses(hidden, head, batch, sampled)
@@ -101,7 +101,7 @@ def one_pass(
             own_weights, own_value, own_rows = _weigh(stack, responses, view, weights, head.impl)
             row_weights[responses.first :] += own_weights.to(row_weights)
             value = value + own_value
-            window_rows |= own_rows
+            window_rows[tuple(stack)] = own_rows
     # Rows of no weight are left out of the pass; the task's value may need them all the same.
     tiny = torch.finfo(row_weights.dtype).tiny
     row_weights = torch.where((row_weights == 0) & (task_weights != 0), tiny, row_weights)
@@ -181,11 +181,11 @@ class _Responses:
         """Each response's value [B] at its tokens."""
         return torch.where(self.inside, values[self.owner], 0)
 
-    def count_nonfinite(self, rows: dict[int, Tensor], logps: Tensor) -> None:
+    def count_nonfinite(self, rows: Mapping[tuple[int, ...], Tensor], logps: Tensor) -> None:
         """Add to the rows what only the pass itself has shown: log-probabilities that are not finite."""
         late = (~torch.isfinite(logps[self.first :]) & self.finite & self.inside).sum()
-        for row in rows.values():
-            row[Column.NONFINITE] += late
+        for its_rows in rows.values():
+            its_rows[:, Column.NONFINITE] += late
 
 
 def _structure(m: Sampled) -> Hashable:
@@ -196,9 +196,9 @@ def _structure(m: Sampled) -> Hashable:
 
 def _weigh(
     stack: dict[int, Sampled], responses: _Responses, view: View, weights: Mapping[int, Tensor], impl: str
-) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """Weights of the responses' log-probabilities, what the stack adds to the loss's value, and the windows' rows."""
-    one = next(iter(stack.values()))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the responses' log-probabilities, what the stack adds to the loss's value, and the window's rows."""
+    one, index = next(iter(stack.values())), tuple(stack)
     per_token = one.credited_per_token
     finite = responses.finite if per_token else responses.per_response(~responses.finite) == 0
     ratios = None
@@ -214,7 +214,7 @@ def _weigh(
     given = [responses.costs(m) for m in stack.values()]
     dtype = functools.reduce(torch.promote_types, [c.dtype for c in given], responses.dtype)
     costs = torch.stack([torch.where(finite, c.to(dtype), math.nan) for c in given])
-    center = rows_of(view.center, stack)
+    center = rows_of(view.center, index)
     coefficients = torch.stack([weights[k] for k in stack])
     result = constraint_weights(
         costs,
@@ -222,7 +222,7 @@ def _weigh(
         coefficients=coefficients,
         groups=one.groups,
         cu_seqlens=responses.cu_seqlens if per_token else None,
-        baselines=rows_of(view.baselines, stack) if per_token else None,
+        baselines=rows_of(view.baselines, index) if per_token else None,
         ratios=ratios,
         num_samples=1,  # the coefficients hold the share of the window
         impl=impl,
@@ -238,4 +238,4 @@ def _weigh(
         same = one.groups[:, None] == one.groups[None, :]
         table[:, Column.BAD_GROUPS] = (same.sum(1) < 2).sum()
     spread = result.weights if per_token else responses.spread(result.weights)
-    return spread, value, dict(zip(stack, table, strict=True))
+    return spread, value, table

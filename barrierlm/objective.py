@@ -525,7 +525,7 @@ class BarrierObjective:
         terms: list[Tensor],
         task_loss: Tensor,
         penalty: Tensor,
-        rows: dict[int, Tensor],
+        rows: dict[tuple[int, ...], Tensor],
         expected: dict[int, int | Tensor],
         *,
         separable: bool = True,
@@ -545,7 +545,7 @@ class BarrierObjective:
         out._committed_metrics = self.metrics
         return out
 
-    def _take(self, rows: dict[int, Tensor], expected: dict[int, int | Tensor]) -> None:
+    def _take(self, rows: dict[tuple[int, ...], Tensor], expected: dict[int, int | Tensor]) -> None:
         self._window.add(rows, expected)
         if self.windows == 0 and self._window.calls == _CALLS_BEFORE_WARNING:
             self._warn_once(
@@ -623,9 +623,9 @@ def _device(measurement: Tensor | Sampled) -> torch.device:
     return measurement.device
 
 
-def _rows(measured: _Stacks) -> dict[int, Tensor]:
-    """Rows of sums by constraint."""
-    return {k: row for index, m in measured.items() for k, row in zip(index, m.row.unbind(), strict=True)}
+def _rows(measured: _Stacks) -> dict[tuple[int, ...], Tensor]:
+    """The stacks' rows of sums."""
+    return {index: m.row for index, m in measured.items()}
 
 
 def _apart(measured: _Stacks) -> dict[int, Measured]:

@@ -6,7 +6,7 @@ gradient of that sum's expectation, and a row of sums for the estimator. Neither
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -337,11 +337,15 @@ def stacks(given: Mapping[int, _M], structure: Callable[[_M], Hashable]) -> list
     return list(found.values())
 
 
-def rows_of(table: Tensor, index: Collection[int]) -> Tensor:
+def neighbours(index: tuple[int, ...]) -> bool:
+    """Whether these constraints follow each other: a slice, then, and no index tensor."""
+    return index == tuple(range(index[0], index[0] + len(index)))
+
+
+def rows_of(table: Tensor, index: tuple[int, ...]) -> Tensor:
     """``table[index]``, without copying the index to the table's device, which would wait for it."""
-    first, size = next(iter(index)), len(index)
-    if list(index) == list(range(first, first + size)):
-        return table[first : first + size]
+    if neighbours(index):
+        return table[index[0] : index[-1] + 1]
     return torch.stack([table[k] for k in index])
 
 

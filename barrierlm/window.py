@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .distributed import sum_over_ranks, world_size
 from .estimators import NUM_COLUMNS, wide_dtype
+from .sampling import neighbours
 
 #: More calls than a window has over all ranks; what is above it in the sum is the ranks' marks, exact in fp64.
 _CALLS = 2**20
@@ -29,14 +32,19 @@ class Window:
         #: The numbers of samples that the user announced, by constraint.
         self.expected: dict[int, int | Tensor] = {}
 
-    def add(self, rows: dict[int, Tensor], expected: dict[int, int | Tensor]) -> None:
-        """One call's rows [NUM_COLUMNS], by constraint."""
-        if rows:
-            first = next(iter(rows.values())) if self._rows is None else self._rows
-            nothing = torch.zeros(NUM_COLUMNS, dtype=wide_dtype(first.device), device=first.device)
-            # All at once: a few operations for each constraint would be a tenth of a call.
-            new = torch.stack([rows.get(k, nothing).to(nothing) for k in range(self.num_constraints)])
-            self._rows = new if self._rows is None else self._rows + new
+    def add(self, rows: Mapping[tuple[int, ...], Tensor], expected: dict[int, int | Tensor]) -> None:
+        """One call's rows [S, NUM_COLUMNS], by the S constraints that they are of."""
+        for index, its_rows in rows.items():
+            if self._rows is None:
+                device = its_rows.device
+                self._rows = torch.zeros(self.num_constraints, NUM_COLUMNS, dtype=wide_dtype(device), device=device)
+            its_rows = its_rows.to(self._rows)
+            # At once where it can be: a few operations for each constraint would be a tenth of a call.
+            if neighbours(index):
+                self._rows[index[0] : index[-1] + 1] += its_rows
+            else:
+                for k, row in zip(index, its_rows.unbind(), strict=True):
+                    self._rows[k] += row
         self.expected |= expected
         self.calls += 1
 

@@ -15,9 +15,9 @@ args = GRPOConfig(
     max_completion_length=16,
     beta=0.3,
     learning_rate=5e-3,
-    max_steps=100,
+    max_steps=300,
     logging_steps=10,
-    save_steps=50,
+    save_steps=100,
     bf16=False,
     report_to="none",
 )

@@ -46,7 +46,7 @@ def last(trainer, key, steps=3):
 def violation(kind, trainer, names):
     """How far what the policy does now is above (or below) the example's bound, in the bound's unit."""
     if kind == "grpo":
-        return last(trainer, "completions/mean_length") - 8
+        return last(trainer, "completions/mean_length", steps=20) - 8
     if kind == "dpo":
         reference = [
             e["logps/chosen"] - e["rewards/chosen"] / 0.1 for e in trainer.state.log_history if "logps/chosen" in e
@@ -68,8 +68,12 @@ def test_examples_end_within_their_bound(kind, tmp_path, monkeypatch):
     constrained = run(f"trl_{kind}.py", tmp_path, monkeypatch)
     trainer = constrained["trainer"]
     (row,) = trainer.objective.report()
-    # What was sampled ends on its bound, within its noise: a learned multiplier leaves no margin.
-    assert violation(kind, trainer, constrained) < (2 * row.stderr if kind == "grpo" else 0)
+    if kind == "grpo":
+        # A learned multiplier ends on its bound, not below it: with five seeds the mean over these 200 steps was between
+        # -0.21 and 0.2 tokens from it (two standard deviations: 0.38), and without the constraint it is 8 above.
+        assert abs(violation(kind, trainer, constrained)) < 0.4
+    else:
+        assert violation(kind, trainer, constrained) < 0
     assert row.verdict in ("met", "active")
     if kind == "sft":
         for block in blocks() - {
@@ -88,7 +92,7 @@ def test_without_constraints_bounds_are_violated(kind, tmp_path, monkeypatch):
     names = run(f"plain/trl_{kind}.py", tmp_path, monkeypatch)
     if kind == "sft":
         names["reference"] = AutoModelForCausalLM.from_pretrained(names["name"])
-    assert violation(kind, names["trainer"], names) > {"grpo": 2.0, "sft": 0.5, "dpo": 2.0}[kind]
+    assert violation(kind, names["trainer"], names) > {"grpo": 6.0, "sft": 0.5, "dpo": 2.0}[kind]
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
