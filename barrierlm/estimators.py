@@ -53,6 +53,18 @@ def vector(numbers: Any) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
+def neighbours(index: tuple[int, ...]) -> bool:
+    """Whether these constraints follow each other: a slice, then, and no index tensor."""
+    return index == tuple(range(index[0], index[0] + len(index)))
+
+
+def rows_of(table: Tensor, index: tuple[int, ...]) -> Tensor:
+    """``table[index]``, without copying the index to the table's device, which would wait for it."""
+    if neighbours(index):
+        return table[index[0] : index[-1] + 1]
+    return torch.stack([table[k] for k in index])
+
+
 def window_row(d: Tensor, same: Tensor | None = None) -> Tensor:
     """Sums of one micro-batch's samples ``d`` [..., n] as the first columns of a row [..., Column.EXACT]; no host sync.
 

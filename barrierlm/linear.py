@@ -18,9 +18,9 @@ from barrierlm_kernels import VocabParallel, constraint_weights, linear_sequence
 from torch import Tensor
 
 from .committed import View
-from .estimators import NUM_COLUMNS, Column, wide_dtype
+from .estimators import NUM_COLUMNS, Column, rows_of, wide_dtype
 from .packing import PackedBatch, check_responses, owner_of_rows
-from .sampling import Sampled, rows_of, stacks
+from .sampling import Sampled, stacks
 
 #: Where the statistics of `constraint_weights`, whose first columns are those of `Column`, differ from them.
 _NONFINITE, _FIRST_POSITION = 7, 8

@@ -20,12 +20,12 @@ from .constraints import Bounds, Constraint
 from .current import barrier_terms
 from .diagnostics import Report
 from .distributed import gathered, world_size
-from .estimators import EMA, Column
+from .estimators import EMA, Column, rows_of
 from .learning import AdaptiveBarrier
 from .output import ObjectiveOutput
 from .packing import PackedBatch
 from .probe import GradientProbe
-from .sampling import Measured, Sampled, measure, rows_of, stacks, structure
+from .sampling import Measured, Sampled, measure, stacks, structure
 from .schedules import AdaptiveSchedule, Schedule
 from .window import Window
 

@@ -337,18 +337,6 @@ def stacks(given: Mapping[int, _M], structure: Callable[[_M], Hashable]) -> list
     return list(found.values())
 
 
-def neighbours(index: tuple[int, ...]) -> bool:
-    """Whether these constraints follow each other: a slice, then, and no index tensor."""
-    return index == tuple(range(index[0], index[0] + len(index)))
-
-
-def rows_of(table: Tensor, index: tuple[int, ...]) -> Tensor:
-    """``table[index]``, without copying the index to the table's device, which would wait for it."""
-    if neighbours(index):
-        return table[index[0] : index[-1] + 1]
-    return torch.stack([table[k] for k in index])
-
-
 def measure(stack: Sequence[Tensor | Sampled], center: Tensor, positions: Tensor) -> Measured:
     """Measurements of one structure [S], with committed means [S] and position baselines [S, NUM_POSITIONS]."""
     sampled = [m for m in stack if isinstance(m, Sampled)]

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .distributed import sum_over_ranks, world_size
-from .estimators import NUM_COLUMNS, wide_dtype
-from .sampling import neighbours
+from .estimators import NUM_COLUMNS, neighbours, wide_dtype
 
 #: More calls than a window has over all ranks; what is above it in the sum is the ranks' marks, exact in fp64.
 _CALLS = 2**20

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
-from barrierlm.integrations.logits import entropy
+from barrierlm.integrations.logits import entropy  # barrierlm, used below too
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "runs/accelerate"
 accelerator = Accelerator(gradient_accumulation_steps=2)

@@ -9,7 +9,7 @@ import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
-from barrierlm.integrations.logits import entropy
+from barrierlm.integrations.logits import entropy  # barrierlm, used below too
 
 torch.manual_seed(0)
 tokenizer = ByT5Tokenizer()  # yours: AutoTokenizer.from_pretrained(...)

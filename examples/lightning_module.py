@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
 from barrierlm.integrations.lightning import BarrierCallback  # barrierlm
-from barrierlm.integrations.logits import entropy
+from barrierlm.integrations.logits import entropy  # barrierlm, used below too
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "runs/lightning"
 tokenizer = ByT5Tokenizer()  # yours: AutoTokenizer.from_pretrained(...)

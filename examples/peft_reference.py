@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
-from barrierlm.integrations.logits import kl
-from barrierlm.integrations.rollouts import unwrapped
+from barrierlm.integrations.logits import kl  # barrierlm, used below too
+from barrierlm.integrations.models import reference_logits  # barrierlm, used below too
 from barrierlm.integrations.transformers import BarrierTrainer  # barrierlm
 
 torch.manual_seed(0)
@@ -40,11 +40,6 @@ new = [tokenizer(f"the answer to {i} is {i + 1}") for i in range(128)]
 Trainer(base, arguments(100), train_dataset=old, data_collator=collate).train()  # stands for a pretrained model
 lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
 model = get_peft_model(base, lora)
-
-
-def reference_logits(model, inputs):
-    with torch.no_grad(), unwrapped(model).disable_adapter():
-        return unwrapped(model)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
 
 
 def measure(model, inputs, outputs):  # barrierlm

@@ -12,7 +12,7 @@ import transformers
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
-from barrierlm.integrations.logits import entropy, nll
+from barrierlm.integrations.logits import entropy, nll  # barrierlm, used below too
 from barrierlm.integrations.transformers import BarrierTrainer  # barrierlm
 
 torch.manual_seed(0)

@@ -94,7 +94,8 @@ INTEGRATIONS = {
     "costs": (None, []),
     "lightning": ("lightning", ["BarrierCallback"]),
     "logits": (None, ["entropy", "kl", "logps", "nll"]),
-    "rollouts": ("transformers", ["Rollouts", "prompt_tokens", "unwrapped"]),
+    "models": ("peft", ["reference_logits", "unwrapped"]),
+    "rollouts": ("transformers", ["Rollouts", "prompt_tokens"]),
     "transformers": ("transformers", ["BarrierMixin", "BarrierTrainer"]),
     "trl": (
         "trl",
@@ -168,7 +169,10 @@ MODULES = [
 ]
 
 
-EXAMPLES = ["costs", "lightning", "logits", "rollouts", "transformers", "trl.batch", "trl.losses", "trl.rewards"]
+EXAMPLES = [
+    *("costs", "lightning", "logits", "models", "rollouts", "transformers"),
+    *("trl.batch", "trl.losses", "trl.rewards"),
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore::FutureWarning")

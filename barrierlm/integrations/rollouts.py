@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from barrierlm import Sampled
 
 from .costs import CostFunction, call_cost
 from .logits import IGNORED
+from .models import in_evaluation
 
 try:
     from transformers import GenerationConfig
@@ -111,7 +111,7 @@ class Rollouts:
             TypeError, ValueError: What a cost returned, or a batch without prompts.
         """
         prompts = [p for p in self.prompts(inputs) for _ in range(self.responses_per_prompt)]
-        with _as_sampled(model) as inner:
+        with in_evaluation(model) as inner:
             responses = self._sample(inner, prompts)
             logps = _token_logps(model, responses)
         lengths = responses.keep.sum(1)
@@ -215,38 +215,6 @@ def prompt_tokens(inputs: Mapping[str, Any]) -> list[list[int]]:
             "Rollouts(..., prompts=function)"
         )
     return prompts
-
-
-def unwrapped(model: Any) -> Any:
-    """The model inside DDP and torch.compile; PEFT's stays, since its adapters belong to the policy.
-
-    Args:
-        model: A module.
-
-    Returns:
-        The module that has ``generate``, or ``disable_adapter``.
-
-    Raises nothing.
-
-    Example:
-        >>> unwrapped(torch.nn.Linear(1, 1))
-        Linear(in_features=1, out_features=1, bias=True)
-    """
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return unwrapped(model.module)
-    return unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model
-
-
-@contextmanager
-def _as_sampled(model: Any) -> Iterator[Any]:
-    """The unwrapped model in evaluation mode."""
-    inner = unwrapped(model)
-    training = inner.training
-    inner.eval()
-    try:
-        yield inner
-    finally:
-        inner.train(training)
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

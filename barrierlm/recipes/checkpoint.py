@@ -85,14 +85,19 @@ class Checkpoints:
                     torch.save(state, file)
                 except RuntimeError as error:  # what torch makes of a failing write
                     raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-            with storage_errors(self.folder):
-                for old in self._steps()[:-_KEEP]:
-                    self._path(old).unlink()
-                sync_folder(self.folder)
+            self._remove_older()
         except StorageError as error:
             whole = [self._path(other).name for other in self._steps() if other <= step]
             left = f"; {whole[-1]} is whole: make room and continue with resume=true" if whole else ""
             raise StorageError(f"{error}{left}") from error
+
+    def _remove_older(self) -> None:
+        with storage_errors(self.folder):
+            older = self._steps()[:-_KEEP]
+            for old in older:
+                self._path(old).unlink()
+            if older:
+                sync_folder(self.folder)
 
     def refuse_older(self) -> None:
         """A new run must not mix its checkpoints with those of an earlier one.
@@ -128,6 +133,7 @@ class Checkpoints:
         failures = [error for error in gather_object([failure]) if error is not None]
         if failures:
             raise failures[0]
+        self._on_main(self._remove_older)  # a run killed before it got to it, perhaps after its last step
         return step
 
     def _restore(self, path: Path, step: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-_MARK = re.compile(r"^(\s*)(.*?)  # barrierlm(?:, instead of: (.*))?$")
+_MARK = re.compile(r"^(\s*)(.*?)  # barrierlm(?:, instead of: (.*)|(, used below too))?$")
 
 
 def added_lines(name: str) -> list[str]:
@@ -21,7 +21,7 @@ def unconstrained(name: str) -> str:
     lines = []
     for line in (EXAMPLES / name).read_text(encoding="utf-8").splitlines():
         mark = _MARK.match(line)
-        if mark is None:
+        if mark is None or mark[4]:
             lines.append(line)
         elif mark[3]:
             lines.append(mark[1] + mark[3])

@@ -80,7 +80,7 @@ class Gradients(TrainerCallback):
         self.seen = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.seen.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
+        self.seen.append(torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.requires_grad]))
 
 
 class InOrder(BarrierTrainer):
@@ -398,5 +398,6 @@ def test_two_processes_are_one(tmp_path):
     (one, metrics, windows), (two, metrics_of_two, windows_of_two) = results
     for a, b in zip(one, two, strict=True):
         assert (a - b).norm() < 5e-6 * a.norm()
-    assert metrics == pytest.approx(metrics_of_two, rel=1e-4)
+    # A spread of entropies near 6, which fp32 rounds to 5e-7, has no fewer digits wrong itself.
+    assert metrics == pytest.approx(metrics_of_two, rel=1e-4, abs=5e-7)
     assert windows == windows_of_two == 2

@@ -69,8 +69,8 @@ def test_examples_end_within_their_bound(kind, tmp_path, monkeypatch):
     trainer = constrained["trainer"]
     (row,) = trainer.objective.report()
     if kind == "grpo":
-        # A learned multiplier ends on its bound, not below it: with five seeds the mean over these 200 steps was between
-        # -0.21 and 0.2 tokens from it (two standard deviations: 0.38), and without the constraint it is 8 above.
+        # A learned multiplier ends on its bound, not below it: with five seeds the mean over these 200 steps was from
+        # -0.21 to 0.2 tokens off (two standard deviations: 0.38), and without the constraint it is 8 above.
         assert abs(violation(kind, trainer, constrained)) < 0.4
     else:
         assert violation(kind, trainer, constrained) < 0

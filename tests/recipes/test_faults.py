@@ -117,6 +117,7 @@ def test_whatever_a_kill_leaves_loads(three, tmp_path: Path):
         again = Small(place)
         found.append(again.checkpoints.load())
         assert again.said == []
+        assert len([name for name in names(place) if name.startswith("step-")]) <= 2
         assert equal(again.state(), states[found[-1]])
         again.checkpoints.save(5)
         assert not [name for name in names(place) if name.startswith(UNFINISHED)]
