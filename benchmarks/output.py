@@ -83,7 +83,7 @@ def markdown(document: dict[str, Any]) -> str:
 def write_beside(document: dict[str, Any], folder: Path, *, picture: bool) -> None:
     """The Markdown table and the picture of a result."""
     path = path_of(document, folder)
-    title = f"# {document['suite']}: {document['question']}\n\n"
+    title = f"# {document['suite']}, {document['hardware']['name']}\n\n{document['question']}\n\n"
     path.with_suffix(".md").write_text(title + markdown(document), encoding="utf-8")
     if picture:
         from .plots import save_picture

@@ -121,7 +121,7 @@ def main() -> None:
     results["measured"] = [measure(p, 5 if quick else 100) for p in ((2,) if quick else (2, 4, 8))]
     results["simulated"] = [simulate(p) for p in (RANKS[:3] if quick else RANKS)]
     results["simulated"] += [simulate(p, "own order") for p in ((4,) if quick else (4, 16, 64, 256))]
-    text = "# ranks: `step()` and the head over several ranks\n\n" + tables(results)
+    text = f"# ranks, {where['name']}\n\n`step()` and the head over several ranks.\n\n" + tables(results)
     print(text)
     if not quick:
         name = f"ranks-{slug(where['name'])}"
