@@ -179,16 +179,18 @@ class Machine(RuleBasedStateMachine):
             assert all(same(a, b) for a, b in zip(world.state(), states, strict=True))
         return str(everything[0][0])
 
-    def call(self, seeds, counts, names, bad, how):
-        values = {}
+    def call(self, seeds, counts, names, bad, how, where=(0, 1)):
+        """What `everywhere` does, the sizes by name, and which constraints got ``bad`` on a rank of ``where``."""
+        values, hit = {}, set()
 
         def action(objective, theta, rank):
             measurements = {}
             for name in names:
-                value = measurement(
-                    self.kinds[name], seeds[rank], counts[rank], theta, bad if name == names[0] else None
-                )
+                poison = bad if name == names[0] and rank in where else None
+                value = measurement(self.kinds[name], seeds[rank], counts[rank], theta, poison)
                 if value is not None:
+                    if poison is not None and counts[rank]:
+                        hit.add(name)
                     measurements[name] = value
                     size = len(value) if isinstance(value, Sampled) else value.numel()
                     values[name] = values.get(name, 0) + size  # per token there are two responses, maybe empty
@@ -200,14 +202,13 @@ class Machine(RuleBasedStateMachine):
                 out.loss.backward()
             return out.loss.detach()
 
-        return action, values
+        return action, values, hit
 
-    def note(self, results, values, names, bad, counts):
+    def note(self, results, values, hit=()):
         for result in (r for world in results for r in world):
             assert not isinstance(result, Exception), repr(result)
         self.window |= {name for name, count in values.items() if count}
-        if bad is not None and names and values.get(names[0]) and any(counts):
-            self.bad.add(names[0])
+        self.bad |= set(hit)
 
     #: More calls than this without a step are warned of, which is an error in tests.
     few_calls = precondition(lambda self: self.calls < _CALLS_BEFORE_WARNING - 1)
@@ -219,9 +220,9 @@ class Machine(RuleBasedStateMachine):
     @few_calls
     @rule(seeds=numbers, counts=sizes, names=some)
     def combine(self, seeds, counts, names):
-        action, values = self.call(seeds, counts, names, None, "combine")
+        action, values, _ = self.call(seeds, counts, names, None, "combine")
         results = self.everywhere(action)
-        self.note(results, values, names, None, counts)
+        self.note(results, values)
         for world in results[1:]:
             assert all(map(torch.equal, world, results[0]))
         assert all(bool(loss.isfinite()) for loss in results[0])
@@ -229,6 +230,7 @@ class Machine(RuleBasedStateMachine):
 
     full = st.tuples(st.integers(2, 4), st.integers(0, 4))
     first = st.permutations(NAMES)
+    some_ranks = st.sampled_from([(0, 1), (0,), (1,)])
 
     @few_calls
     @rule(seeds=numbers, counts=full)
@@ -238,11 +240,11 @@ class Machine(RuleBasedStateMachine):
         self.step()
 
     @few_calls
-    @rule(seeds=numbers, counts=full, names=first, bad=st.sampled_from([math.nan, math.inf]))
-    def combine_with_a_nan(self, seeds, counts, names, bad):
-        action, values = self.call(seeds, counts, names, bad, "combine")
+    @rule(seeds=numbers, counts=full, names=first, bad=st.sampled_from([math.nan, math.inf]), where=some_ranks)
+    def combine_with_a_nan(self, seeds, counts, names, bad, where):
+        action, values, hit = self.call(seeds, counts, names, bad, "combine", where)
         results = self.everywhere(action)
-        self.note(results, values, names, bad, counts)
+        self.note(results, values, hit)
         if not names or self.kinds[names[0]] not in ("exact", "pathwise"):
             assert all(bool(loss.isfinite()) for loss in results[0])
         self.calls += 1
@@ -267,7 +269,7 @@ class Machine(RuleBasedStateMachine):
         if self.kinds["a"] == "group":
             return
         results = self.everywhere(action)
-        self.note(results, {"a": 2 * count}, ["a"], None, (count, count))
+        self.note(results, {"a": 2 * count})
         for world in results[1:]:
             assert all(map(torch.equal, world, results[0]))
         self.calls += 1
@@ -276,7 +278,7 @@ class Machine(RuleBasedStateMachine):
     def evaluate(self, seeds, counts, names):
         """Without gradients: nothing is added to the window."""
         before = [world.state() for world in self.worlds]
-        action, _ = self.call(seeds, counts, names, None, "combine")
+        action, _, _ = self.call(seeds, counts, names, None, "combine")
         with torch.no_grad():
             results = self.everywhere(action)
         assert not any(isinstance(r, Exception) for world in results for r in world)
@@ -297,17 +299,16 @@ class Machine(RuleBasedStateMachine):
         self.measured |= window - bad
         return True
 
-    @rule(seeds=numbers, counts=sizes, names=some, bad=st.sampled_from([None, None, math.nan]))
-    def calibrate(self, seeds, counts, names, bad):
-        action, values = self.call(seeds, counts, names, bad, "calibrate")
+    @rule(seeds=numbers, counts=sizes, names=some, bad=st.sampled_from([None, None, math.nan]), where=some_ranks)
+    def calibrate(self, seeds, counts, names, bad, where):
+        action, values, hit = self.call(seeds, counts, names, bad, "calibrate", where)
         if self.calls:
             assert "of an unfinished window" in self.rejected(action, RuntimeError)
             return
         before = [world.state() for world in self.worlds]
         results = self.everywhere(action)
         window = {name for name, count in values.items() if count}
-        bad = {names[0]} & window if bad is not None and names else set()
-        if not self.commit(results, window, bad):
+        if not self.commit(results, window, hit):
             for world, states in zip(self.worlds, before, strict=True):
                 assert all(same(a, b) for a, b in zip(world.state(), states, strict=True))
 
@@ -345,6 +346,26 @@ class Machine(RuleBasedStateMachine):
             with torch.no_grad():
                 b.copy_(a)
         self.worlds.append(copied)
+
+    @precondition(lambda self: len(self.worlds) == 2 and not self.calls)
+    @rule(seeds=numbers, counts=full, open_window=st.booleans())
+    def load_into_used_ones(self, seeds, counts, open_window):
+        """The copy goes its own way for a while; what is loaded then leaves nothing of that, nor of an open window."""
+        ours, copied = self.worlds
+        action, _, _ = self.call(seeds, counts, NAMES, None, "combine")
+        self.worlds = [copied]
+        try:
+            self.everywhere(action)
+            with mock.patch("warnings.warn"):
+                self.everywhere(lambda o, t, r: o.step())  # a bound that LogBarrier finds infeasible may refuse
+            if open_window:
+                self.everywhere(action)
+        finally:
+            self.worlds = [ours, copied]
+        for old, new, a, b in zip(ours.objectives, copied.objectives, ours.theta, copied.theta, strict=True):
+            new.load_state_dict(old.state_dict())
+            with torch.no_grad():
+                b.copy_(a)
 
     @rule(which=st.integers(0, 5))
     def a_wrong_call(self, which):

@@ -8,7 +8,7 @@ import windows
 from launch import launch
 
 TOLERANCE = 1e-10
-KINDS = ("ddp", "fsdp2", "fsdp2 head", "vocabulary")
+KINDS = ("ddp", "learning", "fsdp2", "fsdp2 head", "vocabulary")
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -18,8 +18,8 @@ def results(request, tmp_path_factory):
 
 
 @functools.cache
-def reference(accumulation, parts, linear):
-    return windows.train(windows.make_policy(), accumulation, parts, linear=linear)
+def reference(accumulation, parts, linear, learning=False):
+    return windows.train(windows.make_policy(), accumulation, parts, linear=linear, learning=learning)
 
 
 def cases(results):
@@ -28,13 +28,13 @@ def cases(results):
         for name, history in outcome.items():
             kind, accumulation, how = name.split(", ")
             parts = 2 if kind == "mesh" else len(results)
-            expected = reference(int(accumulation.split()[1]), parts, how == "linear")
+            expected = reference(int(accumulation.split()[1]), parts, how == "linear", kind == "learning")
             yield f"{name}, rank {rank}", history, expected
 
 
 def test_every_step_is_that_of_one_process(results):
     seen = list(cases(results))
-    assert len(seen) == len(results) * (21 if len(results) == 2 else 27)
+    assert len(seen) == len(results) * (27 if len(results) == 2 else 33)
     for what, history, expected in seen:
         assert len(history) == windows.STEPS
         for step, (gradient, metrics) in history.items():
@@ -60,9 +60,10 @@ def test_ranks_agree_to_the_bit(results):
                     assert all(torch.equal(g, other[name][step][0][k]) for k, g in gradient.items()), (name, step)
 
 
-def test_the_comparison_means_something():
+@pytest.mark.parametrize("learning", [False, True])
+def test_the_comparison_means_something(learning):
     """Every constraint pulls and every multiplier moves; ranks are uneven, and one goes without samples."""
-    history = reference(2, 2, True)
+    history = reference(2, 2, True, learning)
     first, last = (history[str(k)][1] for k in (1, windows.STEPS - 1))
     for name in windows.EVERYTHING:
         key = f"constraints/{name}/upper/multiplier"

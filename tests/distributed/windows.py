@@ -13,7 +13,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from barrierlm import BarrierObjective, Constraint, ExponentialSchedule, PackedBatch, RelaxedLogBarrier, Sampled
+from barrierlm import (
+    AdaptiveBarrier,
+    BarrierObjective,
+    Constraint,
+    ExponentialSchedule,
+    PackedBatch,
+    RelaxedLogBarrier,
+    Sampled,
+)
 
 F64, VOCAB, WIDTH, STEPS, RESPONSES = torch.float64, 11, 6, 20, 24
 #: Micro-batches of a window; the last window of an epoch of `EPOCH` steps has one (or two) fewer.
@@ -39,8 +47,11 @@ def make_policy():
     return Policy()
 
 
-def make_objective(**options):
+def make_objective(*, learning=False, **options):
+    """``learning``: the default rule, which hands over to learned multipliers at the first step, and its schedule."""
     bounds = [Constraint(name, lower=-9.0, upper=-0.5, scale=2.0) for name in EVERYTHING]
+    if learning:
+        return BarrierObjective(None, bounds, rule=AdaptiveBarrier(1.0, patience=3), **options)
     rule, schedule = RelaxedLogBarrier("quadratic"), ExponentialSchedule(1.0, 0.2, STEPS)
     return BarrierObjective(None, bounds, rule=rule, schedule=schedule, **options)
 
@@ -96,15 +107,27 @@ def split(parts, accumulation, step):
     return [list(itertools.pairwise(cuts))[r * accumulation : (r + 1) * accumulation] for r in range(parts)]
 
 
-def train(policy, accumulation, parts, *, rank=None, model=None, linear=False, vocab=None, group=None, head=False):
+def train(
+    policy,
+    accumulation,
+    parts,
+    *,
+    rank=None,
+    model=None,
+    linear=False,
+    vocab=None,
+    group=None,
+    head=False,
+    learning=False,
+):
     """What each step's gradients are, and what the objective then says: {"0": (gradients, metrics), ...}.
 
     The windows are split over ``parts`` data-parallel ranks, of which this one is ``rank``; None: it does the work of
-    all. ``head``: the head is used outside of the model's forward.
+    all. ``head``: the head is used outside of the model's forward; ``learning``: as in `make_objective`.
     """
     model = policy if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    objective = make_objective(process_group=group)
+    objective = make_objective(learning=learning, process_group=group)
     averaged, history = 1 if rank is None else parts, {}
     for step in range(STEPS):
         window = Window(step)
@@ -195,8 +218,9 @@ def arrange(kind, rank, ranks):
         vocab, group = slice_head(policy, mesh["tp"].get_group()), mesh["dp"].get_group()
         model = DistributedDataParallel(policy, process_group=group)
         return policy, {"parts": 2, "rank": mesh.get_local_rank("dp"), "model": model, "vocab": vocab, "group": group}
-    wrap = {"ddp": DistributedDataParallel, "fsdp2": sharded, "fsdp2 head": sharded_head}[kind]
-    return policy, {"parts": ranks, "rank": rank, "model": wrap(policy), "head": kind == "fsdp2 head"}
+    wrap = {"fsdp2": sharded, "fsdp2 head": sharded_head}.get(kind, DistributedDataParallel)
+    how = {"head": kind == "fsdp2 head", "learning": kind == "learning"}
+    return policy, {"parts": ranks, "rank": rank, "model": wrap(policy), **how}
 
 
 def main(kinds):
