@@ -19,7 +19,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = ("triton", "recipes", "transformers", "trl", "lightning")
-TOOLS = ("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6.100", "numpy>=2", "cvxpy", "scipy", "sybil>=9")
+TOOLS = (
+    "pytest>=8",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis>=6.100",
+    "numpy>=2",
+    "cvxpy",
+    "scipy",
+    "sybil>=9",
+    "tensorboard",
+)
 #: What depends on other packages' versions: the losses, the registered operations, and the trainers.
 TESTS = (
     "tests/test_imports.py",
