@@ -30,6 +30,8 @@ TOOLS = (
     "sybil>=9",
     "tensorboard",
 )
+#: Beside the lowest Triton, whose interpreter breaks with what newer ones no longer convert.
+OLD_TOOLS = ("numpy<2.4",)
 #: What depends on other packages' versions: the losses, the registered operations, and the trainers.
 TESTS = (
     "tests/test_imports.py",
@@ -69,7 +71,16 @@ def check(which: str) -> bool:
     python = str(folder / "bin" / "python")
     if not folder.exists():
         venv.create(folder, with_pip=True)
-    if run(python, "-m", "pip", "install", "--quiet", *requirements(which), *TOOLS):
+    if run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        *requirements(which),
+        *TOOLS,
+        *(OLD_TOOLS if which == "lowest" else ()),
+    ):
         return False
     names = ("torch", "transformers", "trl")
     run(python, "-c", "; ".join(f"import {name}; print({name!r}, {name}.__version__)" for name in names))
