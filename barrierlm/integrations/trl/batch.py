@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..models import reference_logits, unwrapped
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class Batch:
             ValueError: No reference, and the model has no adapter.
         """
         inputs = {k: v for k, v in self.inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}
-        own: Any = getattr(self.model, "module", self.model)  # within DDP
-        if reference is None and not hasattr(own, "disable_adapter"):
+        if reference is None and not hasattr(unwrapped(self.model), "disable_adapter"):
             raise ValueError("reference=None and a model without an adapter; allowed: a model, or None with PEFT")
-        with torch.no_grad(), nullcontext() if reference is not None else own.disable_adapter():
-            ref_logps = (reference or own)(**inputs).logits[:, :-1].log_softmax(-1)
+        with torch.no_grad():
+            logits = reference_logits(self.model, inputs) if reference is None else reference(**inputs).logits
+            ref_logps = logits[:, :-1].log_softmax(-1)
         logps = self.model(**inputs).logits[:, :-1].log_softmax(-1)
         mask = self.outputs.label_mask
         per_token = (logps.exp() * (logps - ref_logps)).sum(-1)
