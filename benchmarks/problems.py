@@ -1,6 +1,7 @@
 """The tensors that candidates of the head and logits suites share, and the right answers for them."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -34,7 +35,7 @@ def lengths_of(rows: int, skew: str) -> list[int]:
     return [b - a for a, b in zip([0, *edges], edges, strict=False)]
 
 
-class Packed:
+class Packed(ABC):
     """Packed sequences, their targets, and weights 1/N, so that operations with a scalar mean compute the same.
 
     The loss is -sum_b w_b log p(sequence b).
@@ -62,13 +63,13 @@ class Packed:
         """By how many nats each row favours its target, [N, 1]: some tokens are certain, others hopeless."""
         return torch.rand(self.rows, 1, **self.random) * 2 * math.log(self.vocab)
 
+    @abstractmethod
     def leaves(self) -> dict[str, Tensor]:
         """Inputs that get a gradient, by the name of that gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def floor(self) -> dict[str, int]:
         """Operations or bytes that no implementation can go below."""
-        raise NotImplementedError
 
     def step(self, forward: Callable[[], Outputs]) -> Callable[[], Outputs]:
         """Forward without gradient, or forward and backward."""
@@ -89,7 +90,7 @@ class Packed:
 
         return only_forward if self.direction == FORWARD else both
 
-    def reset(self, restore: bool) -> None:
+    def reset(self, restore: bool) -> None:  # noqa: B027 - nothing to do for most
         """Nothing here is written into, unless a subclass says so."""
 
     def kept_bytes(self) -> dict[str, int]:
