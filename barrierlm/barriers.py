@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .estimators import vector
 from .saved import saved_tensor
 
 
@@ -83,6 +84,15 @@ class Readings:
         return torch.tensor([getattr(r, name) for r in self._bounds], dtype=dtype)
 
 
+class Force(NamedTuple):
+    """What a rule makes of one bound, as numbers: lambda, B(z), and the mu and s that it really uses."""
+
+    multiplier: float
+    value: float
+    mu: float
+    s: float
+
+
 class Rule(ABC):
     """How a violation becomes a penalty and a multiplier; the common interface of all methods.
 
@@ -122,6 +132,19 @@ class Rule(ABC):
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The mu and s [m] that the rule really uses, for the report."""
         return mu, s
+
+    # A step asks these two, which take numbers. A rule has its own only to be faster: for as few as there are bounds,
+    # a dozen small tensors cost more than all else in a step.
+
+    def learn(self, readings: Readings, mu: list[float], s: list[float]) -> None:
+        """`update` with numbers."""
+        self.update(readings, vector(mu), vector(s))
+
+    def forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
+        """`multiplier`, `value` and `in_force` bound by bound."""
+        at, own_mu, own_s = vector(z), vector(mu), vector(s)
+        vectors = (self.multiplier(at, own_mu, own_s), self.value(at, own_mu, own_s), *self.in_force(own_mu, own_s))
+        return [Force(*numbers) for numbers in zip(*(x.tolist() for x in vectors), strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """A deep copy of what was learned: tensors only."""
@@ -226,3 +249,16 @@ class RelaxedLogBarrier(Rule):
         inner = -1 / r.clamp(max=-1)
         outer = _EXTENSIONS[self.extension][1](r.clamp(min=-1), self.order)
         return mu / s * torch.where(r <= -1, inner, outer)
+
+    def forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
+        """See `Rule.forces`."""
+        if self.extension != "linear":
+            return super().forces(z, mu, s)
+        return [relaxed_force(*numbers) for numbers in zip(z, mu, s, strict=True)]
+
+
+def relaxed_force(z: float, mu: float, s: float) -> Force:
+    """`RelaxedLogBarrier` with the linear extension, at one bound."""
+    r = z / s
+    slope, value = (-1 / r, -math.log(-r)) if r <= -1 else (1.0, r + 1)
+    return Force(mu / s * slope, mu * (value - math.log(s)), mu, s)

@@ -40,20 +40,17 @@ def check_call(
         raise ValueError(f"loss_divisor={loss_divisor!r}; allowed: a finite number > 0")
 
 
-def check_rows(names: tuple[str, ...], rows: Tensor, *, raise_nonfinite: bool) -> None:
-    """What the reduced rows [K, NUM_COLUMNS] say against committing them, before anything changes."""
-    if not any(map(any, rows[:, Column.NONFINITE : Column.BAD_GROUPS + 1].tolist())):
-        return
-    alone = torch.nonzero(rows[:, Column.BAD_GROUPS]).flatten().tolist()
-    if alone:
-        raise ValueError(f"groups of {names[alone[0]]!r}: a prompt has one response; allowed: at least 2 per group")
-    nonfinite = rows[:, Column.NONFINITE]
-    bad = torch.nonzero(nonfinite).flatten().tolist()
-    if bad and raise_nonfinite:
-        raise FloatingPointError(
-            f"{int(nonfinite[bad[0]])} NaN or infinite value(s) measured for {names[bad[0]]!r}; no estimate was "
-            "changed. discard_window() forgets this window; nonfinite='skip' drops such windows by itself"
-        )
+def check_sums(names: tuple[str, ...], sums: list[list[float]], *, raise_nonfinite: bool) -> None:
+    """What the sums of a reduced window [K, Column.POSITIONS] say against committing them, before anything changes."""
+    for name, row in zip(names, sums, strict=True):
+        if row[Column.BAD_GROUPS] and not row[Column.NONFINITE]:
+            raise ValueError(f"groups of {name!r}: a prompt has one response; allowed: at least 2 per group")
+    for name, row in zip(names, sums, strict=True):
+        if raise_nonfinite and row[Column.NONFINITE]:
+            raise FloatingPointError(
+                f"{int(row[Column.NONFINITE])} NaN or infinite value(s) measured for {name!r}; no estimate was "
+                "changed. discard_window() forgets this window; nonfinite='skip' drops such windows by itself"
+            )
 
 
 def _check_sampled(name: str, value: Sampled, how: str) -> None:

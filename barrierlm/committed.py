@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .barriers import Reading, Readings, Rule
+from .barriers import Force, Reading, Readings, Rule
 from .constraints import Bounds
 from .diagnostics import BoundState, FeasibilityWatch, Report, verdict, verdict_tolerance
 from .estimators import EMA, Column, Scales, vector, wide_dtype
@@ -22,6 +22,11 @@ from .schedules import Schedule
 _VERSION = 2
 #: The reading of a bound that was not measured.
 _NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False, math.nan)
+
+
+def numbers(rows: Tensor) -> list[list[float]]:
+    """The sums [K, Column.POSITIONS] of a window's reduced rows [K, C]: all but those of positions."""
+    return rows[:, : Column.POSITIONS].tolist()
 
 
 class View(NamedTuple):
@@ -79,19 +84,18 @@ class Committed:
         """mu before the noise floor: the rule's own, or the schedule's."""
         return self.schedule.mu if self.rule.mu is None else self.rule.mu
 
-    def commit(self, rows: Tensor, *, tick: bool) -> bool:
-        """Take in a window's reduced rows [K, NUM_COLUMNS]; False, and no change, if it had no samples.
+    def commit(self, rows: Tensor, sums: list[list[float]], *, tick: bool) -> bool:
+        """Take in a window's reduced rows [K, C], and as numbers; False, and no change, if it had no samples.
 
         Rows with NaN or infinite measurements are counted and left out. ``tick=False`` is a calibration: rule
         and schedule do not move.
         """
-        sums = rows[:, : Column.POSITIONS].tolist()
         with self._undo_on_error():
             if any(row[Column.NONFINITE] for row in sums):
                 nonfinite = rows[:, Column.NONFINITE]
                 self.nonfinite = self.nonfinite + nonfinite
                 rows = torch.where(nonfinite[:, None] > 0, 0.0, rows)
-                sums = rows[:, : Column.POSITIONS].tolist()
+                sums = numbers(rows)
             measured = [row[Column.COUNT] > 0 for row in sums]
             if not any(measured):
                 return False
@@ -107,9 +111,10 @@ class Committed:
                 self.baselines = self.positions.table()
             self._read()
             if tick:
-                window_z = self.bounds.violations(window_mean, self.scales.value)
+                scale = self.scales.value
+                window_z = self.bounds.violations(window_mean, scale)
                 news = [
-                    r._replace(window_z=z + shift, typical=typical[k] / self.scales.value[k])
+                    Reading(r.z, z + shift, r.stderr, r.noise, True, typical[k] / scale[k])
                     if r.known and measured[k]
                     else _NOTHING
                     for r, z, shift, (k, _) in zip(
@@ -117,7 +122,7 @@ class Committed:
                     )
                 ]
                 readings = Readings.of(news)
-                self.rule.update(readings, self.mu, self.s)
+                self.rule.learn(readings, self.mu, self.s)
                 self.schedule.tick(readings)
                 self.watch.update(self._z, [r.stderr for r in self._readings], self._multiplier)
                 self.windows += 1
@@ -185,15 +190,16 @@ class Committed:
         self.mean, self.stderr, self._z = mean, [own for own, _ in stderrs], self.bounds.violations(mean, scale)
         self._shift, self._near, self._readings = [], [], []
         for (k, _), z in zip(self.bounds.sides, self._z, strict=True):
-            own, window = stderrs[k][0] / scale[k], stderrs[k][1] / scale[k]
+            own, window = stderrs[k]
+            own /= scale[k]
+            known, shift, reading = not math.isnan(window), 0.0, _NOTHING
+            if known:
+                shift = self.confidence * (window / scale[k]) / self._LONG
             self._near.append(verdict_tolerance(own))
-            known = not math.isnan(window)
-            self._shift.append(self.confidence * window / self._LONG if known else 0.0)
-            reading = _NOTHING
+            self._shift.append(shift)
             if math.isfinite(z):
                 own = own if known else 1.0  # counts as one scale
-                at = z + self._shift[-1]
-                reading = Reading(at, at, own, self.noise_floor * own, True, math.nan)
+                reading = Reading(z + shift, z + shift, own, self.noise_floor * own, True, math.nan)
             self._readings.append(reading)
 
     def _refresh(self) -> None:
@@ -204,60 +210,62 @@ class Committed:
             s = [m * m for m in mu]
         else:
             mu, s = [base] * len(noise), [max(x, self.rule.s) for x in noise]
-        z, self.mu, self.s = vector([r.z for r in self._readings] + mu + s).view(3, -1).unbind()
-        multiplier, value = (
-            [x if r.known else 0.0 for r, x in zip(self._readings, of_all.tolist(), strict=True)]
-            for of_all in (self.rule.multiplier(z, self.mu, self.s), self.rule.value(z, self.mu, self.s))
-        )
-        for i, r in enumerate(self._readings):
-            if not (math.isfinite(multiplier[i]) and math.isfinite(value[i])):
+        self.mu, self.s = mu, s
+        forces = self.rule.forces([r.z for r in self._readings], mu, s)
+        scale, weights, penalty, multiplier = self.scales.value, [0.0] * len(self.bounds.constraints), 0.0, []
+        for i, ((k, side), r, force) in enumerate(zip(self.bounds.sides, self._readings, forces, strict=True)):
+            if not r.known:
+                multiplier.append(0.0)
+                continue
+            if not math.isfinite(force.multiplier + force.value):
                 raise ValueError(
                     f"{type(self.rule).__name__} has no finite multiplier for {self.bounds.labels[i]} at violation "
                     f"z={r.z:.4g}, mu={mu[i]:.4g}; allowed: z < 0 for LogBarrier; use RelaxedLogBarrier "
                     "(linear extension) or a larger mu"
                 )
-        scale, weights = self.scales.value, [0.0] * len(self.bounds.constraints)
-        for (k, side), r, lam in zip(self.bounds.sides, self._readings, multiplier, strict=True):
-            if r.known:
-                weights[k] += lam / scale[k] * (1 if side == "upper" else -1)
-        self.weights, self.penalty, self._multiplier = weights, sum(value), multiplier
-        self.report = self._rows_of(multiplier, scale)
+            multiplier.append(force.multiplier)
+            penalty += force.value
+            pull = force.multiplier / scale[k]
+            weights[k] += pull if side == "upper" else -pull
+        self.weights, self.penalty, self._multiplier = weights, penalty, multiplier
+        self.report = self._rows_of(multiplier, forces)
         self._views: dict[torch.device, View] = {}
 
     def view(self, device: torch.device) -> View:
         """What a call reads, on ``device``: copied there once per window, without waiting for it."""
         if device not in self._views:
-            normalizer = 1 / (1 + sum(self._multiplier))
-            with torch.inference_mode(False):  # a later call differentiates with them
-                numbers = vector([*self.estimator.center, *self.weights, self.penalty, normalizer])
-                numbers, baselines = (
-                    x.to(device, wide_dtype(device), non_blocking=True) for x in (numbers, self.baselines)
-                )
-            center, weights, (penalty, normalizer) = numbers.split([len(self.weights), len(self.weights), 2])
-            self._views[device] = View(center, baselines, weights, penalty, normalizer)
+            # Not inference tensors: a later call differentiates with them.
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                self._views[device] = self._view(device)
         return self._views[device]
 
-    def _rows_of(self, multiplier: list[float], scale: list[float]) -> Report:
-        mean, together = self.mean, self.watch.together()
-        in_force = [x.tolist() for x in self.rule.in_force(self.mu, self.s)]
+    def _view(self, device: torch.device) -> View:
+        count, normalizer = len(self.weights), 1 / (1 + sum(self._multiplier))
+        packed = vector([*self.estimator.center, *self.weights, self.penalty, normalizer])
+        baselines = self.baselines
+        if device.type != "cpu":
+            packed, baselines = (x.to(device, wide_dtype(device), non_blocking=True) for x in (packed, baselines))
+        center, weights = packed[:count], packed[count : 2 * count]
+        return View(center, baselines, weights, packed[-2], packed[-1])
+
+    def _rows_of(self, multiplier: list[float], forces: list[Force]) -> Report:
+        bounds, mean, scale, together = self.bounds, self.mean, self.scales.value, self.watch.together()
         rows = []
-        for i, (k, side) in enumerate(self.bounds.sides):
-            bound = self.bounds.values[i]
-            others = [self.bounds.labels[j] for j in together if j != i] if i in together else []
-            slack = (mean[k] - bound) if side == "lower" else (bound - mean[k])
+        for i, ((k, side), bound, force) in enumerate(zip(bounds.sides, bounds.values, forces, strict=True)):
+            others = [bounds.labels[j] for j in together if j != i] if i in together else []
             rows.append(
                 BoundState(
-                    constraint=self.bounds.names[k],
-                    side=side,
-                    bound=bound,
-                    estimate=mean[k],
-                    stderr=self.stderr[k],
-                    slack=slack,
-                    multiplier=multiplier[i],
-                    mu=in_force[0][i],
-                    s=in_force[1][i],
-                    scale=scale[k],
-                    verdict=verdict(self._z[i], self._near[i], others),
+                    bounds.names[k],
+                    side,
+                    bound,
+                    mean[k],
+                    self.stderr[k],
+                    mean[k] - bound if side == "lower" else bound - mean[k],
+                    multiplier[i],
+                    force.mu,
+                    force.s,
+                    scale[k],
+                    verdict(self._z[i], self._near[i], others),
                 )
             )
         return Report(rows)

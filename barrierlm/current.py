@@ -21,7 +21,7 @@ def barrier_terms(committed: Committed, measured: dict[int, Measured]) -> tuple[
     rows = [
         i
         for i, (k, _) in enumerate(committed.bounds.sides)
-        if k in measured and measured[k].count and not bool(scale[k].isnan()) and measured[k].row[Column.COUNT] > 0
+        if k in measured and measured[k].count and not bool(scale[k].isnan()) and not measured[k].row[Column.NONFINITE]
     ]
     if rows:
         at = committed.bounds.index[rows].tolist()
@@ -29,7 +29,7 @@ def barrier_terms(committed: Committed, measured: dict[int, Measured]) -> tuple[
         sign, bound, unit = (x.to(mean) for x in (committed.bounds.sign[rows], committed.bounds.value[rows], scale[at]))
         full = torch.zeros(len(committed.bounds), dtype=mean.dtype, device=mean.device)
         z = full.index_put((torch.tensor(rows, device=mean.device),), sign * (mean - bound) / unit)
-        mu, s = committed.mu.to(full), committed.s.to(full)
+        mu, s = vector(committed.mu).to(full), vector(committed.s).to(full)
         value = committed.rule.value(z, mu, s)[rows].sum()
         terms.append(value)
         penalty = value.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -173,14 +173,14 @@ class FeasibilityWatch:
 
 def verdict_tolerance(stderr: float) -> float:
     """Distance from a bound, in units of the scale, below which it counts as active: 2 stderr, or a hundredth."""
-    return _LEAST if math.isnan(stderr) else max(_ERRORS * stderr, _LEAST)
+    errors = _ERRORS * stderr
+    return errors if errors > _LEAST else _LEAST  # not known, NaN: the least
 
 
-def verdict(z: float, tolerance: float, others: Iterable[str]) -> str:
+def verdict(z: float, tolerance: float, others: Sequence[str]) -> str:
     """``unknown``, ``met``, ``active``, ``violated`` or ``infeasible together with ...`` for one bound."""
     if z != z:
         return "unknown"
-    names = ", ".join(others)
-    if names:
-        return f"infeasible together with {names}"
+    if others:
+        return f"infeasible together with {', '.join(others)}"
     return "violated" if z > tolerance else "active" if z >= -tolerance else "met"

@@ -7,6 +7,7 @@ ranks, which is what makes estimates independent of how the window was split.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -60,24 +61,48 @@ def neighbours(index: tuple[int, ...]) -> bool:
 
 def rows_of(table: Tensor, index: tuple[int, ...]) -> Tensor:
     """``table[index]``, without copying the index to the table's device, which would wait for it."""
+    if len(index) == table.shape[0]:  # in order, so all of them
+        return table
     if neighbours(index):
         return table[index[0] : index[-1] + 1]
     return torch.stack([table[k] for k in index])
 
 
-def window_row(d: Tensor, same: Tensor | None = None) -> Tensor:
-    """Sums of one micro-batch's samples ``d`` [..., n] as the first columns of a row [..., Column.EXACT]; no host sync.
+def window_row(
+    d: Tensor,
+    n: Tensor,
+    total: Tensor,
+    bad: Tensor,
+    same: Tensor | None = None,
+    *,
+    exact: bool = False,
+    alone: Tensor | None = None,
+    more: Sequence[Tensor] = (),
+) -> Tensor:
+    """The first columns of the rows of a micro-batch's samples ``d`` [S, n], up to `Column.POSITIONS`; no host sync.
 
-    ``same`` [n, n] is 1 where two samples are of one group; None: every sample is a group of its own.
+    Args:
+        d: Samples, centred, in fp64.
+        n: Their numbers [S].
+        total: Their sums [S].
+        bad: Numbers of measurements [S] that were not finite. Where it is not 0, nothing else of the row counts, and
+            may be anything.
+        same: [n, n], 1 where two samples are of one group; None: every sample is a group of its own.
+        exact: Whether the values have no sampling noise.
+        alone: Number of samples that are alone in their group, 0-d.
+        more: All columns [S, ...] from there on, if any is not 0.
     """
-    n = d.new_full(d.shape[:-1], d.shape[-1])
-    total, squares = d.sum(-1), (d * d).sum(-1)
+    squares = (d * d).sum(1)
     if same is None:
-        return torch.stack([n, total, squares, n, squares, total, n], -1)
-    size, group_sum = same.sum(1), d @ same
-    # Each group is seen once per member, hence the divisions by its size.
-    groups, sizes = (1 / size).sum().expand_as(n), size.sum().expand_as(n)
-    return torch.stack([n, total, squares, groups, (group_sum**2 / size).sum(-1), group_sum.sum(-1), sizes], -1)
+        first = [n, total, squares, n, squares, total, n]
+    else:
+        size, group_sum = same.sum(1), d @ same
+        # Each group is seen once per member, hence the divisions by its size.
+        groups, sizes = (1 / size).sum().expand_as(n), size.sum().expand_as(n)
+        first = [n, total, squares, groups, (group_sum**2 / size).sum(1), group_sum.sum(1), sizes]
+    # Where it matters what stands beside it, `bad` is 0.
+    row = torch.stack([*first, n if exact else bad, bad, bad if alone is None else alone.expand_as(n)], 1)
+    return torch.cat([row, *more], 1) if more else row
 
 
 #: Weight of the newest window in `EMA.typical`.
@@ -120,7 +145,7 @@ class _Sums(NamedTuple):
             variance = self.spread / weight / (1 - own)
         else:
             return math.nan, math.nan
-        return math.sqrt(max(variance * own, 0.0)), math.sqrt(max(variance, 0.0))
+        return (math.sqrt(variance * own), math.sqrt(variance)) if variance > 0 else (0.0, 0.0)
 
 
 class EMA:
@@ -198,35 +223,40 @@ class EMA:
         ]
 
     def _moved(self, s: _Sums, row: list[float]) -> _Sums:
-        count, total, _, groups, group_squares, group_cross, group_sizes, num_exact = row[: Column.EXACT + 1]
+        # Comparisons where max() would read better: a call of it costs as much as five of these lines.
+        count, total, squares, groups, group_squares, group_cross, group_sizes, num_exact = row[: Column.EXACT + 1]
         d = total / count
-        deviation = max(group_squares - 2 * d * group_cross + d * d * group_sizes, 0.0)
-        has_spread = float(groups > 1.5)
-        variance = deviation / (count * count) * groups / max(groups - 1, 0.5)
+        deviation = group_squares - 2 * d * group_cross + d * d * group_sizes
+        deviation = deviation if deviation > 0 else 0.0
+        has_spread = groups > 1.5
+        variance = deviation / (count * count) * groups / (groups - 1) if has_spread else 0.0
         # Exact values that differ within a window are samples after all.
-        exact = float(num_exact >= count and deviation <= 1e-20 * group_squares)
+        exact = num_exact >= count and deviation <= 1e-20 * group_squares
         # Of one sample alone about the mean before it, which the first window does not have.
-        squares = row[Column.SQUARES]
-        single = max(squares - count * d * d, 0.0) / (count - 1) if count > 1.5 else squares
+        if count > 1.5:
+            single = squares - count * d * d
+            single = single / (count - 1) if single > 0 else 0.0
+        else:
+            single = squares
         slow = _SLOW if count > 1.5 or s.weight > 0 else 0.0
         slow_weight = (1 - slow) * s.slow_weight + slow
-        share = slow / max(slow_weight, slow, 1e-300)
+        share = slow / slow_weight if slow else 0.0
         own = variance if has_spread else single / count
         a, x = self.smoothing, s.mean + d
         weight = (1 - a) * s.weight + a
         step = x - s.mean
         mean = s.mean + a / weight * step
         return _Sums(
-            weight=weight,
-            weight2=(1 - a) ** 2 * s.weight2 + a**2,
-            within=(1 - a) ** 2 * s.within + a**2 * variance * has_spread,
-            within_weight2=(1 - a) ** 2 * s.within_weight2 + a**2 * has_spread,
-            spread=(1 - a) * s.spread + a * step * (x - mean),
-            mean=mean,
-            exact=(1 - a) * s.exact + a * exact,
-            slow_weight=slow_weight,
-            sample_variance=s.sample_variance + share * (single - s.sample_variance),
-            window_variance=s.window_variance + share * (own - s.window_variance),
+            weight,
+            (1 - a) ** 2 * s.weight2 + a**2,
+            (1 - a) ** 2 * s.within + a**2 * variance,
+            (1 - a) ** 2 * s.within_weight2 + a**2 * has_spread,
+            (1 - a) * s.spread + a * step * (x - mean),
+            mean,
+            (1 - a) * s.exact + a * exact,
+            slow_weight,
+            s.sample_variance + share * (single - s.sample_variance),
+            s.window_variance + share * (own - s.window_variance),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from .barriers import Reading, Readings, RelaxedLogBarrier, Rule
+from .barriers import Force, Reading, Readings, RelaxedLogBarrier, Rule, relaxed_force
 
 #: Where the modified barrier's log is continued by a parabola, as a share of mu.
 _BETA = 0.5
@@ -41,6 +41,13 @@ def _psi(u: Tensor) -> Tensor:
 def _psi_slope(u: Tensor) -> Tensor:
     """The derivative of `_psi`; 1 at u = 0."""
     return (1 - u.clamp(max=_BETA)).reciprocal() + (u - _BETA).relu() / (1 - _BETA) ** 2
+
+
+def _psi_at(u: float) -> tuple[float, float]:
+    """`_psi` and `_psi_slope` of a number."""
+    inside = min(u, _BETA)
+    beyond = max(u - _BETA, 0.0) / (1 - _BETA)
+    return beyond + beyond * beyond / 2 - math.log1p(-inside), 1 / (1 - inside) + max(u - _BETA, 0.0) / (1 - _BETA) ** 2
 
 
 @dataclass(slots=True)
@@ -140,6 +147,10 @@ class _Learner(Rule):
         unit = _UNIT_START if isinstance(self.unit, str) else self.unit
         self._bounds = [_Bound(unit) for _ in range(num_bounds)]
 
+    def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
+        """See `Rule.update`."""
+        self.learn(readings, mu.tolist(), s.tolist())
+
     def _copies(self) -> list[_Bound]:
         """The bounds, to be changed by a step and put in their place when it is done."""
         return [_Bound(*_fields(b)) for b in self._bounds]
@@ -161,6 +172,11 @@ class _Learner(Rule):
             self._made = self._bounds, torch.tensor(numbers, dtype=torch.float64).view(3, -1)
         units, learned, own = self._made[1].to(z).unbind()
         return units, learned, own
+
+    def _modified(self, b: _Bound, z: float, mu: float) -> Force:
+        """The modified barrier of one bound, whose mu in force is ``mu``."""
+        psi, slope = _psi_at(z / mu)
+        return Force(b.units * (b.learned * slope), b.units * (mu * b.learned * psi), b.units * mu, mu * mu)
 
     def _coming_down(self, b: _Bound, r: Reading) -> bool:
         """Take z into its slow average; whether a violation is clearly below it."""
@@ -196,8 +212,7 @@ class _Learner(Rule):
             gain = 1 + share * max(b.learned - 1, 0.0)
             move = self.step / (1 + age / self.decay) * gain * drive
         elif self.step == 1:
-            slope = _psi_slope(torch.tensor(r.window_z / mu, dtype=torch.float64)).item()
-            move = b.learned * (slope - 1)
+            move = b.learned * (_psi_at(r.window_z / mu)[1] - 1)
         else:
             move = self.step * max(b.learned, 1.0) * max(min(r.window_z, 1.0), -1.0)
         b.learned = min(max(b.learned + move, 0.0), _MAX_MULTIPLIER)
@@ -263,11 +278,11 @@ class ModifiedBarrier(_Learner):
         units, learned, growth = self._tensors(z)
         return units * learned * _psi_slope(z / (mu * growth))
 
-    def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
+    def learn(self, readings: Readings, mu: list[float], s: list[float]) -> None:
         """The damped multiplier step of every measured bound."""
         bounds = self._copies()
         largest = max(b.units for b in bounds)
-        for b, r, own in zip(bounds, readings.each(), mu.tolist(), strict=True):
+        for b, r, own in zip(bounds, readings.each(), mu, strict=True):
             if r.known:
                 coming = self._coming_down(b, r)
                 self._search(b, r, largest, coming=coming)
@@ -279,6 +294,10 @@ class ModifiedBarrier(_Learner):
         units, _, growth = self._tensors(mu)
         mu = mu * growth
         return units * mu, mu**2
+
+    def forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
+        """See `Rule.forces`."""
+        return [self._modified(b, at, m * self._growth(b)) for b, at, m in zip(self._bounds, z, mu, strict=True)]
 
 
 class AdaptiveBarrier(_Learner):
@@ -365,10 +384,10 @@ class AdaptiveBarrier(_Learner):
         relaxed = partial(self._relaxed.multiplier, z, mu, s)
         return units * self._mix(lambda: learned * _psi_slope(z / own), relaxed, z.device)
 
-    def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
+    def learn(self, readings: Readings, mu: list[float], s: list[float]) -> None:
         """Learn where handed over; hand over where mu has stopped."""
         bounds = self._copies()
-        given = list(zip(readings.each(), mu.tolist(), strict=True))
+        given = list(zip(readings.each(), mu, strict=True))
         largest = max(b.units for b in bounds)
         # One bound's noise, or its end, holds the others' mu too.
         stopped = any(r.known and (r.noise >= self._STOPPED * m * m or m <= self.smallest_mu) for r, m in given)
@@ -384,13 +403,10 @@ class AdaptiveBarrier(_Learner):
             elif stopped or b.lasting >= self.patience or (b.held > self.patience and r.stderr > 0):
                 # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
                 b.frozen_mu = max(m, math.sqrt(r.noise))
-                b.learned = self._implied(r.z, b.frozen_mu)
+                # The modified barrier goes on with the multiplier that the relaxed one stands at.
+                relaxed = relaxed_force(r.z, b.frozen_mu, b.frozen_mu * b.frozen_mu)
+                b.learned = relaxed.multiplier / _psi_at(r.z / b.frozen_mu)[1]
         self._bounds = bounds
-
-    def _implied(self, z: float, mu: float) -> float:
-        """The learned multiplier with which the modified barrier goes on where the relaxed one stands."""
-        at, own = torch.tensor([z, mu], dtype=torch.float64).unbind()
-        return (self._relaxed.multiplier(at, own, own**2) / _psi_slope(at / own)).item()
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The frozen mu, as noise has let it grow, where the bound has been handed over."""
@@ -399,3 +415,13 @@ class AdaptiveBarrier(_Learner):
             units * self._mix(lambda: own, lambda: mu, mu.device),
             self._mix(lambda: own * own, lambda: s, mu.device),
         )
+
+    def forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
+        """See `Rule.forces`."""
+        return [self._force(*given) for given in zip(self._bounds, z, mu, s, strict=True)]
+
+    def _force(self, b: _Bound, z: float, mu: float, s: float) -> Force:
+        if b.frozen_mu > 0:
+            return self._modified(b, z, self._own(b))
+        relaxed = relaxed_force(z, mu, s)
+        return Force(b.units * relaxed.multiplier, b.units * relaxed.value, b.units * mu, s)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .barriers import Rule
 from .certificate import Certificate, certify
-from .checks import check_call, check_rows
-from .committed import Committed
+from .checks import check_call, check_sums
+from .committed import Committed, numbers
 from .constraints import Bounds, Constraint
 from .current import barrier_terms
 from .diagnostics import Report
@@ -382,12 +382,13 @@ class BarrierObjective:
                     "objective (with gradients on) in the window"
                 )
             return
-        self._check_rows(rows)
-        committed, expected = self._committed.commit(rows, tick=True), self._window.expected
+        sums = numbers(rows)
+        self._check_sums(sums)
+        committed, expected = self._committed.commit(rows, sums, tick=True), self._window.expected
         self._window.clear()
         # Only now: one rank may be alone with a warning, which -W error makes an error.
-        self._warn_of_counts(rows, expected)
-        if not committed and not bool(rows[:, Column.NONFINITE].any()):
+        self._warn_of_counts(sums, expected)
+        if not committed and not any(row[Column.NONFINITE] for row in sums):
             self._warn_once(
                 "empty",
                 "a window without a single sample: estimates, multipliers and schedule stay as they were.",
@@ -417,8 +418,9 @@ class BarrierObjective:
         window = Window(len(self.constraints), self._window.mark)
         window.add(_rows(measured), {})
         _, rows = window.reduce(self.process_group)
-        self._check_rows(rows)
-        self._committed.commit(rows, tick=False)
+        sums = numbers(rows)
+        self._check_sums(sums)
+        self._committed.commit(rows, sums, tick=False)
 
     def discard_window(self) -> None:
         """Forget the unfinished window, as after running out of memory or a skipped fp16 step."""
@@ -530,9 +532,8 @@ class BarrierObjective:
         *,
         separable: bool = True,
     ) -> ObjectiveOutput:
-        constraint_loss = torch.zeros_like(loss)
-        for term in terms:
-            constraint_loss = constraint_loss + term.to(loss.device)
+        first, *others = [term.to(loss.device) for term in terms] or [torch.zeros_like(loss)]
+        constraint_loss = sum(others, first)
         if torch.is_grad_enabled():
             self._take(rows, expected)
         share: float | Tensor = 1.0
@@ -599,14 +600,14 @@ class BarrierObjective:
         n = expected.clamp(min=1) if isinstance(expected, Tensor) else max(expected, 1)
         return loss_divisor * (ranks if self.gradient_reduction == "mean" else 1) / n
 
-    def _check_rows(self, rows: Tensor) -> None:
-        check_rows(self._committed.bounds.names, rows, raise_nonfinite=self.nonfinite == "raise")
+    def _check_sums(self, sums: list[list[float]]) -> None:
+        check_sums(self._committed.bounds.names, sums, raise_nonfinite=self.nonfinite == "raise")
 
-    def _warn_of_counts(self, rows: Tensor, expected: Mapping[int, int | Tensor]) -> None:
+    def _warn_of_counts(self, sums: list[list[float]], expected: Mapping[int, int | Tensor]) -> None:
         names = self._committed.bounds.names
         for k, n in expected.items():
-            found = int(rows[k, Column.COUNT])
-            if found != int(n) and not rows[k, Column.NONFINITE]:
+            found = int(sums[k][Column.COUNT])
+            if found != int(n) and not sums[k][Column.NONFINITE]:
                 self._warn_once(
                     "expected",
                     f"num_samples_in_window[{names[k]!r}]={int(n)}, but the window had {found} samples: the "

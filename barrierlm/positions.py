@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .estimators import NUM_POSITIONS, Column
 from .saved import saved_tensor
 
+_PLACES = torch.arange(NUM_POSITIONS)
+
 
 def position_bucket(position: Tensor) -> Tensor:
     """The bucket of a token position: exact below half the buckets, then eight buckets per octave."""
     half = NUM_POSITIONS // 2
-    octaves = torch.log2(position.clamp(min=half).double() / half)
-    return torch.where(position < half, position, (half + (8 * octaves).long()).clamp(max=NUM_POSITIONS - 1))
+    # 8 log2(position / half) + half; from half on a bucket is wider than a position, and before that this is half.
+    eighths = 8 * torch.log2(position.double()) + (half - 8 * math.log2(half))
+    return torch.minimum(position, eighths.clamp(half, NUM_POSITIONS - 1).long())
 
 
 class PositionBaseline:
@@ -28,23 +33,26 @@ class PositionBaseline:
         self._sums = torch.zeros(num_constraints, 2, NUM_POSITIONS, dtype=torch.float64)
 
     def update(self, rows: Tensor) -> bool:
-        """Commit a window's reduced rows [K, NUM_COLUMNS]; False if it had no per-token costs."""
+        """Commit a window's reduced rows [K, C]; False if it had no per-token costs."""
+        if rows.shape[1] == Column.POSITIONS:
+            return False
         # Whoever has a token has a first one.
-        if not any(rows[:, -NUM_POSITIONS].tolist()):
+        measured = [count > 0 for count in rows[:, -NUM_POSITIONS].tolist()]
+        if not any(measured):
             return False
         window = rows[:, Column.POSITIONS :].reshape(-1, 2, NUM_POSITIONS)
-        measured = window[:, 1].sum(-1) > 0
-        moved = (1 - self.smoothing) * self._sums + self.smoothing * window
-        self._sums = torch.where(measured[:, None, None], moved, self._sums)
+        moved = self._sums.lerp(window, self.smoothing)
+        if not all(measured):
+            moved = torch.where(torch.tensor(measured)[:, None, None], moved, self._sums)
+        self._sums = moved
         return True
 
     def table(self) -> Tensor:
         """Baselines [K, NUM_POSITIONS]; 0 where nothing has been seen."""
-        total, count = self._sums[:, 0], self._sums[:, 1]
-        seen = count > 1e-12
-        places = torch.arange(NUM_POSITIONS).expand_as(count)
-        last = torch.where(seen, places, 0).cummax(-1).values
-        return torch.where(seen, total / count.clamp(min=1e-12), 0.0).gather(-1, last)
+        total, count = self._sums.unbind(1)
+        last = torch.where(count > 1e-12, _PLACES, 0).cummax(-1).values
+        # The first place has been seen if any has.
+        return (total / count.clamp(min=1e-12)).gather(-1, last)
 
     def state_dict(self) -> Tensor:
         """A deep copy of the sums."""

@@ -6,7 +6,7 @@ gradient of that sum's expectation, and a row of sums for the estimator. Neither
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -15,17 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .estimators import NUM_COLUMNS, NUM_POSITIONS, Column, wide_dtype, window_row
+from .estimators import NUM_POSITIONS, wide_dtype, window_row
 from .positions import position_bucket
 
 _M = TypeVar("_M")
+
+#: From this magnitude on a number counts as infinite: sums stay finite in fp32, and sums of squares in fp64.
+_HUGE = 1e30
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One micro-batch of one constraint, or of a stack [S] of them.
 
-    ``total`` ([S]) is the differentiable sum over its ``count`` samples, ``row`` ([S, ]NUM_COLUMNS) its sums.
+    ``total`` ([S]) is the differentiable sum over its ``count`` samples, ``row`` ([S, ]C) its sums: the first C columns
+    of a window's row, the others being 0.
     """
 
     total: Tensor
@@ -325,8 +329,10 @@ def structure(measurement: Tensor | Sampled) -> Hashable:
     m = measurement
     if isinstance(m, Tensor):
         return m.shape, m.dtype, m.device
-    given = [x if x is None else (x.dtype, x.device) for x in (m.values, m.logps, m.old_logps)]
-    return m.credited_per_token, m.size, *given, m.clip, id(m.groups), id(m.cu_seqlens)
+    values, logps, old = m.values, m.logps, m.old_logps
+    assert values is not None
+    dtypes = values.dtype, None if logps is None else logps.dtype, None if old is None else old.dtype
+    return m.credited_per_token, values.shape, values.device, dtypes, m.clip, id(m.groups), id(m.cu_seqlens)
 
 
 def stacks(given: Mapping[int, _M], structure: Callable[[_M], Hashable]) -> list[dict[int, _M]]:
@@ -346,21 +352,20 @@ def measure(stack: Sequence[Tensor | Sampled], center: Tensor, positions: Tensor
 
 
 def _measure_sampled(stack: list[Sampled], center: Tensor, positions: Tensor) -> Measured:
-    one = stack[0]
-    wide, center = wide_dtype(one.device), center[:, None]
-    values = _stacked(m.values for m in stack).to(wide)
-    if one.logps is None:
-        logps = torch.zeros_like(values)
-    else:  # several costs of the same responses share one tensor
-        shared = all(m.logps is one.logps for m in stack)
-        logps = one.logps[None] if shared else _stacked(m.logps for m in stack)
-    logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
-    bad = _nonfinite(values) | _nonfinite(logps.detach())
+    # Whatever is not finite stays in the row of its own constraint, which is then dropped as a whole.
+    one, count = stack[0], len(stack[0])
+    wide = wide_dtype(one.device)
+    values = probe = _stacked([m.values for m in stack])
+    logps, old_logps = one.logps, None
+    if logps is not None:  # several costs of the same responses share one tensor
+        shared = all(m.logps is logps for m in stack)
+        logps = _at_least(torch.float32, logps if shared else _stacked([m.logps for m in stack]))
+        probe = probe + logps.detach()
     if one.old_logps is not None:
-        old_logps = _stacked(m.old_logps for m in stack).detach()
-        bad = bad | _nonfinite(old_logps)
-    # Bad numbers are replaced before anything is added up, and the whole term is dropped below.
-    values, logps = values.masked_fill(bad, 0), logps.masked_fill(bad, 0)
+        old_logps = _stacked([m.old_logps for m in stack]).detach()
+        probe = probe + old_logps
+    good = _count_good(probe)
+    bad = torch.rsub(good, probe.shape[1])
 
     seq: Tensor | None = None
     sums_of_positions: list[Tensor] = []
@@ -368,81 +373,80 @@ def _measure_sampled(stack: list[Sampled], center: Tensor, positions: Tensor) ->
     same = None if one.groups is None else (one.groups[:, None] == one.groups[None, :]).to(wide)
     alone = None
     if not one.credited_per_token:
-        cost, advantage = values, values - center
+        d, n = values - center.unsqueeze(1), good
+        advantage = d
         if same is not None:
             others = same.sum(1) - 1
             alone = (others < 1).sum()
-            advantage = values - (values @ same - values) / others.clamp(min=1)
+            # A cost and its baseline are both relative to the center, which cancels; alone, it is the baseline.
+            advantage = d - (d @ same - d) / others.clamp(min=1)
     else:
         assert one.cu_seqlens is not None
         cu = one.cu_seqlens.to(values.device, torch.long)
         place = torch.arange(values.shape[1], device=values.device)
-        seq = torch.searchsorted(cu[1:].contiguous(), place, right=True)
-        before = pad(values.cumsum(1), (1, 0))
-        ends = before[:, cu[1:]]
-        to_go = ends[:, seq] - before[:, :-1]
-        cost = ends - before[:, cu[:-1]]
-        bucket = position_bucket(place - cu[seq])
-        advantage = to_go - positions[:, bucket]
-        empty = values.new_zeros(len(stack), NUM_POSITIONS)
+        after = torch.searchsorted(cu, place, right=True)  # of each token: its response's number, and 1
+        seq = after - 1
+        before = pad(values, (1, 0)).cumsum(1, dtype=wide)
+        ends = before.index_select(1, cu)
+        d = ends.diff() - center.unsqueeze(1)
+        n = torch.full_like(bad, count)
+        to_go = ends.index_select(1, after) - before.narrow(1, 0, len(place))
+        bucket = position_bucket(place - cu.index_select(0, seq))
+        advantage = to_go - positions.index_select(1, bucket)
+        empty = to_go.new_zeros(len(stack), NUM_POSITIONS)
         sums_of_positions = [empty.index_add(1, bucket, x) for x in (to_go, torch.ones_like(to_go))]
 
-    if one.old_logps is not None:
-        ratio = logps.detach().to(wide) - old_logps.masked_fill(bad, 0).to(wide)
+    if old_logps is not None:
+        assert logps is not None
+        ratio = logps.detach().to(wide) - old_logps.to(wide)
         if seq is not None:
-            ratio = torch.zeros_like(cost).index_add_(1, seq, ratio)
+            ratio = torch.zeros_like(d).index_add_(1, seq, ratio)
         ratio = ratio.exp()
         if one.clip is not None:
             ratio = ratio.clamp(max=1 + one.clip)
-        cost = center + ratio * (cost - center)
-        advantage = advantage * (ratio if seq is None else ratio[:, seq])
+        d = ratio * d
+        advantage = advantage * (ratio if seq is None else ratio.index_select(1, seq))
+        # A ratio can make good numbers too large; what was bad before has spread, and counts once.
+        late = torch.maximum(*(x.shape[1] - _count_good(x) for x in (d, advantage)))
+        bad = torch.where(bad > 0, bad, late)
 
-    advantage = advantage.to(logps.dtype)
-    overflown = _nonfinite(advantage)
-    surrogate = (advantage.masked_fill(overflown, 0) * logps).sum(1)
-    total = cost.sum(1).to(logps.dtype) + (surrogate - surrogate.detach())
-    sums = torch.cat([window_row(cost - center, same), *sums_of_positions], 1)
-    return _measured(total, len(one), sums, (bad | overflown).sum(1), alone=alone)
+    total_d = d.sum(1)
+    row = window_row(d, n, total_d, bad, same, alone=alone, more=sums_of_positions)
+    dtype = torch.float32 if logps is None else logps.dtype
+    total = (total_d + count * center).to(dtype) if old_logps is not None else values.sum(1, dtype=dtype)
+    if logps is not None:
+        # Of a dropped constraint the gradient is 0 times the advantage, so that has to be finite.
+        surrogate = (advantage.to(dtype).nan_to_num(0, 0, 0) * logps).sum(1)
+        total = total + (surrogate - surrogate.detach())
+    return _measured(total, count, row, bad)
 
 
 def _measure_values(stack: list[Tensor], center: Tensor) -> Measured:
     exact = stack[0].dim() == 0
-    value = torch.stack(stack).reshape(len(stack), -1)
-    bad = _nonfinite(value.detach())
-    clean = value.masked_fill(bad, 0).to(torch.promote_types(value.dtype, torch.float32))
-    sums = window_row(clean.detach().to(center) - center[:, None])
-    return _measured(clean.sum(1), clean.shape[1], sums, bad.sum(1), exact=exact)
+    value = _at_least(torch.float32, torch.stack(stack).reshape(len(stack), -1))
+    d = value.detach().to(center.dtype) - center.unsqueeze(1)
+    good = _count_good(value.detach())
+    bad = value.shape[1] - good
+    return _measured(value.sum(1), value.shape[1], window_row(d, good, d.sum(1), bad, exact=exact), bad)
 
 
-def _stacked(tensors: Iterable[Tensor | None]) -> Tensor:
-    return torch.stack([t for t in tensors if t is not None])
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
+    return torch.stack(tensors)  # type: ignore[arg-type]
 
 
-def _nonfinite(x: Tensor) -> Tensor:
-    """~torch.isfinite(x), in half the steps: what is not finite leaves NaN when it is subtracted from itself."""
-    nothing = x - x
-    return nothing != nothing
+def _at_least(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """In ``dtype``, or what is wider."""
+    return x if x.dtype == dtype else x.to(torch.promote_types(x.dtype, dtype))
 
 
-def _measured(
-    total: Tensor, count: int, sums: Tensor, nonfinite: Tensor, *, exact: bool = False, alone: Tensor | None = None
-) -> Measured:
-    """The row of these ``sums`` [S, Column.EXACT, then those of positions if there are any].
+def _count_good(x: Tensor) -> Tensor:
+    """How many of each row of [S, n] are neither NaN nor infinite, nor as good as infinite."""
+    return (x.abs() < _HUGE).sum(1, dtype=wide_dtype(x.device))
 
-    Drops the whole term if anything in it is not finite: a partial sum would silently mean another average.
+
+def _measured(total: Tensor, count: int, row: Tensor, bad: Tensor) -> Measured:
+    """Drops the whole term if anything in it is ``bad`` [S]: a partial sum would silently mean another average.
+
+    The row holds that number, and a window that has one is not committed.
     """
-    # Finite inputs may still overflow when they are squared or summed.
-    nothing = (sums - sums).sum(1) + total.detach()
-    nonfinite = torch.maximum(nonfinite, _nonfinite(nothing).long())
-    bad = nonfinite > 0
-    sums = sums.masked_fill(bad[:, None], 0)
-    row = sums.new_zeros(len(sums), NUM_COLUMNS)
-    row[:, : Column.EXACT] = sums[:, : Column.EXACT]
-    if sums.shape[1] > Column.EXACT:
-        row[:, Column.POSITIONS :] = sums[:, Column.EXACT :]
-    if exact:
-        row[:, Column.EXACT] = (~bad).to(row)
-    if alone is not None:
-        row[:, Column.BAD_GROUPS] = alone
-    row[:, Column.NONFINITE] = nonfinite
-    return Measured(total.masked_fill(bad, 0), count, row)
+    return Measured(total.masked_fill(bad > 0, 0), count, row)

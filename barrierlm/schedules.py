@@ -134,7 +134,7 @@ class _Seen(NamedTuple):
         if r.z > 2 * r.stderr:
             fresh = self.waited == 0 or r.z < 0.9 * self.waited_at
             waited, waited_at = (1.0, r.z) if fresh else (self.waited + 1, self.waited_at)
-        return _Seen(r.z, r.stderr, max(r.noise, moved), waited, waited_at)
+        return _Seen(r.z, r.stderr, r.noise if r.noise > moved else moved, waited, waited_at)
 
 
 class AdaptiveSchedule(Schedule):

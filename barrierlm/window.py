@@ -7,16 +7,17 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .distributed import sum_over_ranks, world_size
-from .estimators import NUM_COLUMNS, neighbours, wide_dtype
+from .estimators import NUM_COLUMNS, Column, neighbours, wide_dtype
 
 #: More calls than a window has over all ranks; what is above it in the sum is the ranks' marks, exact in fp64.
 _CALLS = 2**20
 
 
 class Window:
-    """Rows [K, NUM_COLUMNS] that add up on the device of the measurements; nothing waits for it until `reduce`."""
+    """Rows that add up on the device of the measurements; nothing waits for it until `reduce`."""
 
     def __init__(self, num_constraints: int, mark: int = 0) -> None:
         self.num_constraints = num_constraints
@@ -26,37 +27,52 @@ class Window:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._rows: Tensor | None = None
+        self._rows: dict[tuple[int, ...], Tensor] = {}
         self.calls = 0
         #: The numbers of samples that the user announced, by constraint.
         self.expected: dict[int, int | Tensor] = {}
 
     def add(self, rows: Mapping[tuple[int, ...], Tensor], expected: dict[int, int | Tensor]) -> None:
-        """One call's rows [S, NUM_COLUMNS], by the S constraints that they are of."""
+        """One call's rows [S, C], by the S constraints that they are of; what is from column C on is 0."""
         for index, its_rows in rows.items():
-            if self._rows is None:
-                device = its_rows.device
-                self._rows = torch.zeros(self.num_constraints, NUM_COLUMNS, dtype=wide_dtype(device), device=device)
-            its_rows = its_rows.to(self._rows)
-            # At once where it can be: a few operations for each constraint would be a tenth of a call.
-            if neighbours(index):
-                self._rows[index[0] : index[-1] + 1] += its_rows
-            else:
-                for k, row in zip(index, its_rows.unbind(), strict=True):
-                    self._rows[k] += row
+            before = self._rows.get(index)
+            if before is not None:
+                if before.shape != its_rows.shape:
+                    before, its_rows = (pad(x, (0, NUM_COLUMNS - x.shape[1])) for x in (before, its_rows))
+                its_rows = before + its_rows.to(before)
+            self._rows[index] = its_rows
         self.expected |= expected
         self.calls += 1
 
+    def _table(self, width: int = 0) -> Tensor:
+        """All rows [K, C] on the device of the first that came, with at least ``width`` columns."""
+        parts = list(self._rows.items())
+        width = max([width, Column.POSITIONS, *(its_rows.shape[1] for _, its_rows in parts)])
+        if len(parts) == 1 and len(parts[0][0]) == self.num_constraints and width == parts[0][1].shape[1]:
+            return parts[0][1]
+        device = parts[0][1].device if parts else torch.device("cpu")
+        table = torch.zeros(self.num_constraints, width, dtype=wide_dtype(device), device=device)
+        for index, its_rows in parts:
+            its_rows = its_rows.to(table)
+            # At once where it can be: an operation for each constraint adds up.
+            if neighbours(index):
+                table[index[0] : index[-1] + 1, : its_rows.shape[1]].add_(its_rows)
+            else:
+                for k, row in zip(index, its_rows.unbind(), strict=True):
+                    table[k, : len(row)].add_(row)
+        return table
+
     def reduce(self, group: dist.ProcessGroup | None) -> tuple[int, Tensor]:
-        """Numbers of calls and rows summed over the ranks, in fp64 on the CPU; the window itself stays.
+        """Numbers of calls and rows [K, C] summed over the ranks, in fp64 on the CPU; the window itself stays.
 
         Raises:
             RuntimeError: The ranks have other constraints; their sums would be of different things.
         """
-        rows = self._rows
-        if rows is None:
-            rows = torch.zeros(self.num_constraints, NUM_COLUMNS, dtype=torch.float64)
         ranks = world_size(group)
+        rows = self._table(NUM_COLUMNS if ranks > 1 else 0)  # ranks may have measured other things
+        if rows.dtype == torch.float32:  # where squares of large numbers overflow
+            lost = (~rows.isfinite().all(1, keepdim=True)).to(rows)
+            rows = torch.where(torch.arange(rows.shape[1], device=rows.device) == Column.NONFINITE, rows + lost, rows)
         if ranks == 1:
             return self.calls, rows.to("cpu", torch.float64)
         # Marks cost no collective and no bytes of their own; fp32 (a device without fp64) could not hold them.

@@ -408,3 +408,32 @@ def test_noise_bias_of_the_plug_in_multiplier():
     samples = torch.tensor(z + sigma * rng.standard_normal(400_000))
     mean = RelaxedLogBarrier().multiplier(samples, torch.tensor(mu), torch.tensor(mu**2)).mean().item()
     assert mean - mu / -z == pytest.approx(mu * sigma**2 / abs(z) ** 3, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(make(*of) for of in ALL),
+        LogBarrier(),
+        DualAscent(start_at=0.3),
+        AugmentedLagrangian(),
+        ModifiedBarrier(unit=0.2),
+        AdaptiveBarrier(unit=0.2),
+    ],
+    ids=lambda rule: getattr(rule, "extension", rule.kind),
+)
+@given(data=st.data(), mu=mus, s=mus)
+def test_a_step_asks_for_the_same_as_numbers(rule, data, mu, s):
+    z = [data.draw(ratios) * s for _ in range(4)]
+    rule.start(4)
+    if hasattr(rule, "age"):
+        rule.age, rule.learned = torch.tensor([0.0, 3, 50, 1e4]), torch.tensor([0.0, 0.5, 1, 1e4])
+    if hasattr(rule, "frozen_mu"):
+        rule.frozen_mu = torch.tensor([0.0, 0.0, 0.5, mu])
+    at, mu, s = torch.tensor(z, dtype=F64), torch.full((4,), mu, dtype=F64), torch.full((4,), s, dtype=F64)
+    forces = rule.forces(z, mu.tolist(), s.tolist())
+    assert [f.multiplier for f in forces] == pytest.approx(rule.multiplier(at, mu, s).tolist(), rel=1e-14)
+    size = (mu * (1 + s.log().abs())).max().item()
+    assert [f.value for f in forces] == pytest.approx(rule.value(at, mu, s).tolist(), rel=1e-12, abs=1e-14 * size)
+    in_force = [x.tolist() for x in rule.in_force(mu, s)]
+    assert [(f.mu, f.s) for f in forces] == [pytest.approx(pair, rel=1e-14) for pair in zip(*in_force, strict=True)]

@@ -1,5 +1,6 @@
 """What opens, closes, skips and empties a window."""
 
+import math
 import warnings
 
 import pytest
@@ -14,7 +15,8 @@ from barrierlm import (
     RelaxedLogBarrier,
     Sampled,
 )
-from barrierlm.estimators import NUM_COLUMNS
+from barrierlm.estimators import NUM_COLUMNS, Column
+from barrierlm.window import Window
 
 from .helpers import C, exact, relaxed, same, state_of
 
@@ -228,3 +230,11 @@ def test_a_window_is_one_collective_whatever_it_holds(monkeypatch):
         objective.step()
         assert calls == [1 + 2 * NUM_COLUMNS]
         calls.clear()
+
+
+def test_sums_that_overflow_are_nonfinite_where_there_is_no_fp64(monkeypatch):
+    monkeypatch.setattr("barrierlm.window.wide_dtype", lambda device: torch.float32)
+    window = Window(2)
+    window.add({(1,): torch.tensor([[2.0, 3.0, math.inf, 2, math.inf, 3.0, 2, 0, 0, 0]])}, {})
+    _, rows = window.reduce(None)
+    assert rows[:, Column.NONFINITE].tolist() == [0, 1]
