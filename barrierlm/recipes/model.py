@@ -226,6 +226,22 @@ class Policy(nn.Module):
         self.lm.train(was_training)
 
 
+def precision(dtype: str, device: torch.device) -> str:
+    """``dtype``, and of "auto" what it stands for on the device.
+
+    A processor without bfloat16 multiplies it in software: 70 times slower than float32 on an AVX2 one.
+    """
+    if dtype != "auto":
+        return dtype
+    native = True
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":  # a build without oneDNN lacks the question
+        ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        native = ask is not None and ask()
+    return "bfloat16" if native else "float32"
+
+
 def load_policy(options: ModelOptions, *, seed: int = 0) -> tuple[Policy, PreTrainedTokenizerBase]:
     """The model with its adapters, on the CPU, and its tokenizer.
 
@@ -236,7 +252,7 @@ def load_policy(options: ModelOptions, *, seed: int = 0) -> tuple[Policy, PreTra
         OSError: No such model.
         ValueError: The model's log-probabilities cannot be computed here; see `Policy.check`.
     """
-    dtype = getattr(torch, options.dtype)
+    dtype = getattr(torch, precision(options.dtype, torch.device("cpu")))
     weights = dtype if options.lora_rank else torch.float32
     source: str | Path = options.name
     extra: dict[str, Any] = {}

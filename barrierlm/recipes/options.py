@@ -26,7 +26,9 @@ class ModelOptions:
 
     name: str = _option("smollm2-135m-instruct", "Hugging Face name or folder; the default is the packaged model")
     dtype: str = _option(
-        "bfloat16", "precision of the forward pass; trained weights are fp32", choices=("bfloat16", "float32")
+        "auto",
+        "precision of the forward pass; auto: bfloat16 where the device has it, else float32; trained weights are fp32",
+        choices=("auto", "bfloat16", "float32"),
     )
     lora_rank: int = _option(16, "rank of the LoRA adapters; 0 trains every weight", low=0)
     lora_alpha: float = _option(32.0, "LoRA scaling numerator (alpha / rank multiplies the update)", above=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +19,7 @@ from barrierlm import EMA, AdaptiveBarrier, BarrierObjective, Constraint, Modifi
 from .config import ConfigError
 from .costs import Cost, imported_costs, load_costs
 from .data import Tokens, end_of_turn_id, load_pairs, split_pairs, tokenize_pairs
-from .model import Policy, load_policy, quiet_transformers
+from .model import Policy, load_policy, precision, quiet_transformers
 from .options import Options
 from .rollout import Rollout, sample_responses
 
@@ -68,6 +68,9 @@ def open_workspace(options: Options) -> Workspace:
         mixed_precision="no",  # `Policy` has its own autocast, the same in training and in sampling
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=options.rank_timeout))],
     )
+    # From here on a number of the run: what is resumed on another kind of processor is another run.
+    dtype = precision(options.model.dtype, accelerator.device)
+    options = replace(options, model=replace(options.model, dtype=dtype))
     # Into a file or a pipe, tables get room: there is no terminal whose width they must fit.
     console = Console(quiet=not accelerator.is_main_process, width=None if sys.stdout.isatty() else 130)
     for cost in imported_costs(options.constraints):
@@ -89,7 +92,7 @@ def open_workspace(options: Options) -> Workspace:
         heldout = tokenize_pairs(heldout_pairs, tokenizer, options.data, end_of_turn=end_of_turn, limit=most)
     console.print(
         f"{options.model.name}: {sum(p.numel() for p in policy.trained()):,} of "
-        f"{sum(p.numel() for p in policy.parameters()):,} weights trained; "
+        f"{sum(p.numel() for p in policy.parameters()):,} weights trained, forward pass in {dtype}; "
         f"{len(train):,} training and {len(heldout):,} held-out pairs",
         highlight=False,
         soft_wrap=True,

@@ -177,6 +177,19 @@ def test_resuming_what_does_not_fit(overrides: list[str]):
         finetune(load_options(None, [*overrides, "resume=true", "keep_best=true"]))
 
 
+def test_a_run_keeps_the_precision_it_began_in(overrides: list[str], monkeypatch: pytest.MonkeyPatch):
+    """ "auto" is resolved once: the same run on a processor that has bfloat16 would be another one."""
+    asked = "torch.ops.mkldnn._is_mkldnn_bf16_supported"
+    options = [*overrides, "model.dtype=auto", "save_model=false"]
+    monkeypatch.setattr(asked, lambda: False)
+    finetune(load_options(None, [*options, "checkpoint_every=4"]))
+    saved = Path(load_options(None, options).output_dir) / "config.yaml"
+    assert load_options(saved).model.dtype == "float32"
+    monkeypatch.setattr(asked, lambda: True)
+    with pytest.raises(ConfigError, match="was made with model.dtype='float32', this run has 'bfloat16'; allowed"):
+        finetune(load_options(None, [*options, "resume=true"]))
+
+
 def test_a_new_run_does_not_touch_the_checkpoints_of_an_older_one(overrides: list[str]):
     options = load_options(None, [*overrides, "checkpoint_every=2", "save_model=false"])
     finetune(options)

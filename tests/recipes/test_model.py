@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from barrierlm.recipes.config import ConfigError
-from barrierlm.recipes.model import Policy, lay_out, load_policy
+from barrierlm.recipes.model import Policy, lay_out, load_policy, precision
 from barrierlm.recipes.options import ModelOptions
 
 PROMPTS = [[2, 7, 8, 3], [2, 9, 3], [2, 10, 11, 12, 13, 3], [2, 3]]
@@ -68,7 +68,7 @@ def test_sampling_leaves_weights_and_mode_as_they_were(policy_and_tokenizer):
 
 
 def test_full_fine_tuning_trains_every_weight_in_fp32(model_folder: Path):
-    policy, _ = load_policy(ModelOptions(name=str(model_folder), lora_rank=0))
+    policy, _ = load_policy(ModelOptions(name=str(model_folder), dtype="bfloat16", lora_rank=0))
     assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.parameters())
     assert policy.compute_dtype == torch.bfloat16
 
@@ -121,3 +121,17 @@ def test_full_fine_tuning_samples_in_the_precision_it_trains_in(model_folder):
 def test_an_adapter_on_the_head_is_refused(model_folder):
     with pytest.raises(ConfigError, match="puts an adapter on the output head"):
         load_policy(ModelOptions(name=str(model_folder), dtype="float32", lora_targets="lm_head,q_proj"))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_is_what_the_processor_multiplies(monkeypatch, model_folder, native):
+    asked = "torch.ops.mkldnn._is_mkldnn_bf16_supported"
+    monkeypatch.setattr(asked, lambda: native)
+    found = "bfloat16" if native else "float32"
+    cpu = torch.device("cpu")
+    assert precision("auto", cpu) == found
+    assert [precision(name, cpu) for name in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    policy, _ = load_policy(ModelOptions(name=str(model_folder)))
+    assert policy.compute_dtype == getattr(torch, found)
+    monkeypatch.delattr(asked)  # a build without oneDNN
+    assert precision("auto", cpu) == "float32"
