@@ -28,8 +28,9 @@ def check_call(
         unknown = [name for name in mapping if name not in names]
         if unknown:
             raise ValueError(f"{argument} has {unknown[0]!r}; allowed: the constraints {', '.join(map(repr, names))}")
+    grad = torch.is_grad_enabled()
     for name, value in measurements.items():
-        _check_measurement(name, value, how)
+        _check_measurement(name, value, how, grad)
     for name, n in num_samples.items():
         if isinstance(n, Tensor):
             if n.dim() != 0:
@@ -53,7 +54,7 @@ def check_sums(names: tuple[str, ...], sums: list[list[float]], *, raise_nonfini
             )
 
 
-def _check_sampled(name: str, value: Sampled, how: str) -> None:
+def _check_sampled(name: str, value: Sampled, how: str, grad: bool) -> None:
     if how == "linear":
         if value.logps is not None and value.logps.requires_grad:
             raise ValueError(
@@ -72,16 +73,16 @@ def _check_sampled(name: str, value: Sampled, how: str) -> None:
             "them from its batch)"
         )
     # An empty micro-batch has no gradient to give.
-    if torch.is_grad_enabled() and value.logps is not None and not value.logps.requires_grad and value.logps.numel():
+    if grad and value.logps is not None and not value.logps.requires_grad and value.logps.numel():
         raise ValueError(
             f"measurements[{name!r}]: logps do not require grad; allowed: log-probabilities that the policy "
             "computed with gradients on"
         )
 
 
-def _check_measurement(name: str, value: Any, how: str) -> None:
+def _check_measurement(name: str, value: Any, how: str, grad: bool) -> None:
     if isinstance(value, Sampled):
-        _check_sampled(name, value, how)
+        _check_sampled(name, value, how, grad)
         return
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -91,7 +92,7 @@ def _check_measurement(name: str, value: Any, how: str) -> None:
         raise TypeError(f"measurements[{name!r}] has dtype {value.dtype}; allowed: a floating dtype")
     if value.dim() > 1:
         raise ValueError(f"measurements[{name!r}] has shape {tuple(value.shape)}; allowed: [n] or 0-d")
-    if torch.is_grad_enabled() and not value.requires_grad and value.numel():
+    if grad and not value.requires_grad and value.numel():
         raise ValueError(
             f"measurements[{name!r}] is a tensor without gradient: a constraint that does nothing. Did you mean "
             "Sampled(values=..., logps=...)? allowed: a tensor with gradient, or Sampled"

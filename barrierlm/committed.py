@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,15 +29,25 @@ def numbers(rows: Tensor) -> list[list[float]]:
     return rows[:, : Column.POSITIONS].tolist()
 
 
+def _no_inference_tensors() -> AbstractContextManager[Any]:
+    """For what a later call differentiates with."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 class View(NamedTuple):
-    """The committed numbers that a call needs: center [K], baselines [K, NUM_POSITIONS], weights [K], and 0-d:
-    the penalty, and 1 / (1 + sum of the multipliers)."""
+    """The committed numbers that a call needs: center [K], baselines [K, NUM_POSITIONS], weights [K], the penalty, 0-d;
+    and all but the baselines as one tensor."""
 
     center: Tensor
     baselines: Tensor
     weights: Tensor
     penalty: Tensor
-    normalizer: Tensor
+    packed: Tensor
+
+    @property
+    def normalizer(self) -> Tensor:
+        """1 / (1 + sum of the multipliers), 0-d."""
+        return self.packed[-1]
 
 
 class Committed:
@@ -101,7 +111,7 @@ class Committed:
                 return False
             center = self.estimator.center
             window_mean = [
-                c + row[Column.SUM] / max(row[Column.COUNT], 1.0) for c, row in zip(center, sums, strict=True)
+                c + row[Column.SUM] / (row[Column.COUNT] or 1.0) for c, row in zip(center, sums, strict=True)
             ]
             # From before the window: a factor that knows the window's own noise would bias what it multiplies.
             typical = self.estimator.typical
@@ -229,24 +239,24 @@ class Committed:
             weights[k] += pull if side == "upper" else -pull
         self.weights, self.penalty, self._multiplier = weights, penalty, multiplier
         self.report = self._rows_of(multiplier, forces)
+        with _no_inference_tensors():
+            self._packed = vector([*self.estimator.center, *weights, penalty, 1 / (1 + sum(multiplier))])
         self._views: dict[torch.device, View] = {}
 
     def view(self, device: torch.device) -> View:
         """What a call reads, on ``device``: copied there once per window, without waiting for it."""
-        if device not in self._views:
-            # Not inference tensors: a later call differentiates with them.
-            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-                self._views[device] = self._view(device)
-        return self._views[device]
+        found = self._views.get(device)
+        if found is None:
+            with _no_inference_tensors():
+                found = self._views[device] = self._view(device)
+        return found
 
     def _view(self, device: torch.device) -> View:
-        count, normalizer = len(self.weights), 1 / (1 + sum(self._multiplier))
-        packed = vector([*self.estimator.center, *self.weights, self.penalty, normalizer])
-        baselines = self.baselines
+        count, packed, baselines = len(self.weights), self._packed, self.baselines
         if device.type != "cpu":
             packed, baselines = (x.to(device, wide_dtype(device), non_blocking=True) for x in (packed, baselines))
         center, weights = packed[:count], packed[count : 2 * count]
-        return View(center, baselines, weights, packed[-2], packed[-1])
+        return View(center, baselines, weights, packed[-2], packed)
 
     def _rows_of(self, multiplier: list[float], forces: list[Force]) -> Report:
         bounds, mean, scale, together = self.bounds, self.mean, self.scales.value, self.watch.together()

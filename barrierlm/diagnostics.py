@@ -140,7 +140,8 @@ class FeasibilityWatch:
             a, b = (v if v < a else a), (v if v > b else b)
             low.append(a)
             high.append(b)
-            moved.append(mean * max(0.0, b - a - 4 * s))
+            beyond = b - a - 4 * s
+            moved.append(mean * beyond if beyond > 0 else 0.0)
             fallen += mean * (first - v)
             path += mean * (b - a)
             error += mean * s

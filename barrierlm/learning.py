@@ -45,9 +45,10 @@ def _psi_slope(u: Tensor) -> Tensor:
 
 def _psi_at(u: float) -> tuple[float, float]:
     """`_psi` and `_psi_slope` of a number."""
-    inside = min(u, _BETA)
-    beyond = max(u - _BETA, 0.0) / (1 - _BETA)
-    return beyond + beyond * beyond / 2 - math.log1p(-inside), 1 / (1 - inside) + max(u - _BETA, 0.0) / (1 - _BETA) ** 2
+    if u <= _BETA:
+        return -math.log1p(-u), 1 / (1 - u)
+    beyond = (u - _BETA) / (1 - _BETA)
+    return beyond + beyond * beyond / 2 - math.log1p(-_BETA), 1 / (1 - _BETA) + (u - _BETA) / (1 - _BETA) ** 2
 
 
 @dataclass(slots=True)
@@ -182,8 +183,9 @@ class _Learner(Rule):
         """Take z into its slow average; whether a violation is clearly below it."""
         share = 1 / self.patience
         b.seen = (1 - share) * b.seen + share
-        b.average += share / max(b.seen, share) * (r.z - b.average)
-        coming = r.z > 0 and b.average - r.z > max(r.stderr, (1 - _PROGRESS) * r.z)
+        b.average += share / b.seen * (r.z - b.average)
+        fallen = b.average - r.z
+        coming = r.z > 0 and fallen > r.stderr and fallen > (1 - _PROGRESS) * r.z
         b.lasting = b.lasting + 1 if r.z > 2 * r.stderr and not coming else 0.0
         return coming
 
@@ -209,7 +211,7 @@ class _Learner(Rule):
                 drive = 0.0
             # By the estimate's side, not the window's: else noise alone would pull the multiplier of a violation down.
             share = 1.0 if near or r.z < 0 else _GROWTH
-            gain = 1 + share * max(b.learned - 1, 0.0)
+            gain = 1 + share * (b.learned - 1) if b.learned > 1 else 1.0
             move = self.step / (1 + age / self.decay) * gain * drive
         elif self.step == 1:
             move = b.learned * (_psi_at(r.window_z / mu)[1] - 1)

@@ -588,7 +588,7 @@ class BarrierObjective:
             else:
                 shares = [self._share(m.count, expected.get(k), loss_divisor) for k in index]
                 weights = torch.stack([w * share for w, share in zip(weights.unbind(), shares, strict=True)])
-            terms.append((m.total * weights.to(m.total)).sum())
+            terms.append((m.total * weights.to(m.total.dtype)).sum())
         return terms
 
     def _share(self, count: int, expected: int | Tensor | None, loss_divisor: float) -> float | Tensor:

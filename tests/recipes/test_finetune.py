@@ -186,7 +186,7 @@ def test_a_run_keeps_the_precision_it_began_in(overrides: list[str], monkeypatch
     saved = Path(load_options(None, options).output_dir) / "config.yaml"
     assert load_options(saved).model.dtype == "float32"
     monkeypatch.setattr(asked, lambda: True)
-    with pytest.raises(ConfigError, match="was made with model.dtype='float32', this run has 'bfloat16'; allowed"):
+    with pytest.raises(ConfigError, match=r"with model\.dtype='float32', this run has 'bfloat16'; allowed"):
         finetune(load_options(None, [*options, "resume=true"]))
 
 
