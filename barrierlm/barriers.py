@@ -110,6 +110,15 @@ class Rule(ABC):
     _unbounded: tuple[str, ...] = ()
     _nonnegative: tuple[str, ...] = ()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A class with a formula of its own must not inherit the numbers of another one's."""
+        super().__init_subclass__(**options)
+        own = vars(cls).keys()
+        if own & {"value", "multiplier", "in_force"} and "forces" not in own:
+            cls.forces = Rule.forces  # type: ignore[method-assign]
+        if "update" in own and "learn" not in own:
+            cls.learn = Rule.learn  # type: ignore[method-assign]
+
     @property
     def kind(self) -> str:
         """What a saved state must agree with: the class, and the options that give its numbers their meaning."""

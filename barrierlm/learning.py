@@ -150,7 +150,14 @@ class _Learner(Rule):
 
     def update(self, readings: Readings, mu: Tensor, s: Tensor) -> None:
         """See `Rule.update`."""
-        self.learn(readings, mu.tolist(), s.tolist())
+        self._step(readings, mu.tolist())
+
+    def learn(self, readings: Readings, mu: list[float], s: list[float]) -> None:
+        """See `Rule.learn`."""
+        self._step(readings, mu)
+
+    def _step(self, readings: Readings, mu: list[float]) -> None:
+        raise NotImplementedError
 
     def _copies(self) -> list[_Bound]:
         """The bounds, to be changed by a step and put in their place when it is done."""
@@ -280,7 +287,7 @@ class ModifiedBarrier(_Learner):
         units, learned, growth = self._tensors(z)
         return units * learned * _psi_slope(z / (mu * growth))
 
-    def learn(self, readings: Readings, mu: list[float], s: list[float]) -> None:
+    def _step(self, readings: Readings, mu: list[float]) -> None:
         """The damped multiplier step of every measured bound."""
         bounds = self._copies()
         largest = max(b.units for b in bounds)
@@ -386,7 +393,7 @@ class AdaptiveBarrier(_Learner):
         relaxed = partial(self._relaxed.multiplier, z, mu, s)
         return units * self._mix(lambda: learned * _psi_slope(z / own), relaxed, z.device)
 
-    def learn(self, readings: Readings, mu: list[float], s: list[float]) -> None:
+    def _step(self, readings: Readings, mu: list[float]) -> None:
         """Learn where handed over; hand over where mu has stopped."""
         bounds = self._copies()
         given = list(zip(readings.each(), mu, strict=True))

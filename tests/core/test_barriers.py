@@ -8,7 +8,16 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from barrierlm import AdaptiveBarrier, AugmentedLagrangian, DualAscent, LogBarrier, ModifiedBarrier, RelaxedLogBarrier
+from barrierlm import (
+    AdaptiveBarrier,
+    AugmentedLagrangian,
+    BarrierObjective,
+    Constraint,
+    DualAscent,
+    LogBarrier,
+    ModifiedBarrier,
+    RelaxedLogBarrier,
+)
 from barrierlm.barriers import Readings
 
 from . import oracle
@@ -437,3 +446,26 @@ def test_a_step_asks_for_the_same_as_numbers(rule, data, mu, s):
     assert [f.value for f in forces] == pytest.approx(rule.value(at, mu, s).tolist(), rel=1e-12, abs=1e-14 * size)
     in_force = [x.tolist() for x in rule.in_force(mu, s)]
     assert [(f.mu, f.s) for f in forces] == [pytest.approx(pair, rel=1e-14) for pair in zip(*in_force, strict=True)]
+
+
+@pytest.mark.parametrize("base", [RelaxedLogBarrier, ModifiedBarrier, AdaptiveBarrier])
+def test_a_subclass_with_a_formula_of_its_own_is_asked(base):
+    class Twice(base):
+        windows = 0
+
+        def multiplier(self, z, mu, s):
+            return 2 * super().multiplier(z, mu, s)
+
+        def update(self, readings, mu, s):
+            self.windows += 1
+            super().update(readings, mu, s)
+
+    multipliers = []
+    for rule in (base(), Twice()):
+        objective = BarrierObjective(None, [Constraint("c", upper=1.0, scale=1.0)], rule=rule)
+        for _ in range(3):
+            objective.measure({"c": torch.tensor(0.5)})
+            objective.step()
+        multipliers.append(objective.report()[0].multiplier)
+    assert multipliers[1] == pytest.approx(2 * multipliers[0])
+    assert rule.windows == 3
