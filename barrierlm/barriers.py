@@ -114,10 +114,10 @@ class Rule(ABC):
         """A class with a formula of its own must not inherit the numbers of another one's."""
         super().__init_subclass__(**options)
         own = vars(cls).keys()
-        if own & {"value", "multiplier", "in_force"} and "forces" not in own:
-            cls.forces = Rule.forces  # type: ignore[method-assign]
-        if "update" in own and "learn" not in own:
-            cls.learn = Rule.learn  # type: ignore[method-assign]
+        if own & {"value", "multiplier", "in_force"} and "_forces" not in own:
+            cls._forces = Rule._forces  # type: ignore[method-assign]
+        if "update" in own and "_update_numbers" not in own:
+            cls._update_numbers = Rule._update_numbers  # type: ignore[method-assign]
 
     @property
     def kind(self) -> str:
@@ -145,11 +145,11 @@ class Rule(ABC):
     # A step asks these two, which take numbers. A rule has its own only to be faster: for as few as there are bounds,
     # a dozen small tensors cost more than all else in a step.
 
-    def learn(self, readings: Readings, mu: list[float], s: list[float]) -> None:
+    def _update_numbers(self, readings: Readings, mu: list[float], s: list[float]) -> None:
         """`update` with numbers."""
         self.update(readings, vector(mu), vector(s))
 
-    def forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
+    def _forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
         """`multiplier`, `value` and `in_force` bound by bound."""
         at, own_mu, own_s = vector(z), vector(mu), vector(s)
         vectors = (self.multiplier(at, own_mu, own_s), self.value(at, own_mu, own_s), *self.in_force(own_mu, own_s))
@@ -259,15 +259,17 @@ class RelaxedLogBarrier(Rule):
         outer = _EXTENSIONS[self.extension][1](r.clamp(min=-1), self.order)
         return mu / s * torch.where(r <= -1, inner, outer)
 
-    def forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
-        """See `Rule.forces`."""
+    def _forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
+        """See `Rule._forces`."""
         if self.extension != "linear":
-            return super().forces(z, mu, s)
+            return super()._forces(z, mu, s)
         return [relaxed_force(*numbers) for numbers in zip(z, mu, s, strict=True)]
 
 
 def relaxed_force(z: float, mu: float, s: float) -> Force:
     """`RelaxedLogBarrier` with the linear extension, at one bound."""
+    if s == 0:  # a mu whose square is no number
+        return Force(math.inf, math.inf, mu, s)
     r = z / s
     slope, value = (-1 / r, -math.log(-r)) if r <= -1 else (1.0, r + 1)
     return Force(mu / s * slope, mu * (value - math.log(s)), mu, s)

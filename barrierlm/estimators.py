@@ -61,10 +61,8 @@ def neighbours(index: tuple[int, ...]) -> bool:
 
 def rows_of(table: Tensor, index: tuple[int, ...]) -> Tensor:
     """``table[index]``, without copying the index to the table's device, which would wait for it."""
-    if len(index) == table.shape[0]:  # in order, so all of them
-        return table
     if neighbours(index):
-        return table[index[0] : index[-1] + 1]
+        return table if len(index) == table.shape[0] else table[index[0] : index[-1] + 1]
     return torch.stack([table[k] for k in index])
 
 

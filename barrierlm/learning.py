@@ -152,8 +152,8 @@ class _Learner(Rule):
         """See `Rule.update`."""
         self._step(readings, mu.tolist())
 
-    def learn(self, readings: Readings, mu: list[float], s: list[float]) -> None:
-        """See `Rule.learn`."""
+    def _update_numbers(self, readings: Readings, mu: list[float], s: list[float]) -> None:
+        """See `Rule._update_numbers`."""
         self._step(readings, mu)
 
     def _step(self, readings: Readings, mu: list[float]) -> None:
@@ -304,8 +304,8 @@ class ModifiedBarrier(_Learner):
         mu = mu * growth
         return units * mu, mu**2
 
-    def forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
-        """See `Rule.forces`."""
+    def _forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
+        """See `Rule._forces`."""
         return [self._modified(b, at, m * self._growth(b)) for b, at, m in zip(self._bounds, z, mu, strict=True)]
 
 
@@ -425,8 +425,8 @@ class AdaptiveBarrier(_Learner):
             self._mix(lambda: own * own, lambda: s, mu.device),
         )
 
-    def forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
-        """See `Rule.forces`."""
+    def _forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
+        """See `Rule._forces`."""
         return [self._force(*given) for given in zip(self._bounds, z, mu, s, strict=True)]
 
     def _force(self, b: _Bound, z: float, mu: float, s: float) -> Force:

@@ -48,7 +48,7 @@ class Window:
         """All rows [K, C] on the device of the first that came, with at least ``width`` columns."""
         parts = list(self._rows.items())
         width = max([width, Column.POSITIONS, *(its_rows.shape[1] for _, its_rows in parts)])
-        if len(parts) == 1 and len(parts[0][0]) == self.num_constraints and width == parts[0][1].shape[1]:
+        if len(parts) == 1 and parts[0][0] == tuple(range(self.num_constraints)) and width == parts[0][1].shape[1]:
             return parts[0][1]
         device = parts[0][1].device if parts else torch.device("cpu")
         table = torch.zeros(self.num_constraints, width, dtype=wide_dtype(device), device=device)

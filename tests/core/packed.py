@@ -115,7 +115,7 @@ class Case:
             self.hidden,
             self.weight,
             batch,
-            {kind: every[kind] for kind in self.kinds},
+            {kind: every[kind] for kind in reversed(self.kinds)},  # an order that must not matter
             compact=compact,
             **self.options(),
             **kwargs,

@@ -440,7 +440,7 @@ def test_a_step_asks_for_the_same_as_numbers(rule, data, mu, s):
     if hasattr(rule, "frozen_mu"):
         rule.frozen_mu = torch.tensor([0.0, 0.0, 0.5, mu])
     at, mu, s = torch.tensor(z, dtype=F64), torch.full((4,), mu, dtype=F64), torch.full((4,), s, dtype=F64)
-    forces = rule.forces(z, mu.tolist(), s.tolist())
+    forces = rule._forces(z, mu.tolist(), s.tolist())
     assert [f.multiplier for f in forces] == pytest.approx(rule.multiplier(at, mu, s).tolist(), rel=1e-14)
     size = (mu * (1 + s.log().abs())).max().item()
     assert [f.value for f in forces] == pytest.approx(rule.value(at, mu, s).tolist(), rel=1e-12, abs=1e-14 * size)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from barrierlm import (
+    AdaptiveBarrier,
     BarrierObjective,
     ConstantSchedule,
     Constraint,
@@ -74,6 +75,14 @@ def test_an_infeasible_log_barrier_says_so_and_changes_nothing():
     with pytest.raises(ValueError, match=r"LogBarrier has no finite multiplier for c \(upper\) at violation z=1"):
         objective.step()
     assert same(before, state_of(objective))
+
+
+@pytest.mark.parametrize("rule", [RelaxedLogBarrier(), AdaptiveBarrier()])
+def test_a_mu_whose_square_is_zero_says_so(rule):
+    objective = relaxed([Constraint("c", upper=1.0)], 1e-200, rule=rule, noise_floor=0)
+    objective(measurements={"c": exact(2.0)})
+    with pytest.raises(ValueError, match="no finite multiplier"):
+        objective.step()
 
 
 def test_an_overflowing_multiplier_says_so_and_changes_nothing():

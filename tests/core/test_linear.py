@@ -97,6 +97,21 @@ def committed(kinds, **kwargs):
     return objectives
 
 
+@pytest.mark.parametrize("kinds", [("response", "groups"), ("kl", "rollout kl", "token")])
+def test_the_order_of_the_measurements_does_not_matter(kinds):
+    """Constraints that are measured together, all that there are: named in another order than they were defined in."""
+    results = []
+    for objective, order in zip(committed(kinds), (kinds, kinds[::-1]), strict=True):
+        case = Case([3, 2], [2, 4, 1, 3], seed=6, kinds=kinds)
+        case.kinds = order
+        losses = [path(objective).loss for path in (case.fused, case.unfused)]
+        gradients = [torch.autograd.grad(loss, case.leaves()) for loss in losses]
+        objective.step()
+        results.append([*(x.detach() for x in losses), *sum(gradients, ()), *tensors(objective.state_dict())])
+    for ours, reference in zip(*results, strict=True):
+        assert_close(ours, reference, 1e-12)
+
+
 SAMPLED_KINDS = tuple(kind for kind in KINDS if kind not in ("pathwise", "exact"))
 
 
