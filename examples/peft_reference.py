@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from barrierlm import BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
+from barrierlm import BarrierObjective, BatchMean, ConstantSchedule, Constraint, RelaxedLogBarrier  # barrierlm
 from barrierlm.integrations.logits import kl  # barrierlm, used below too
 from barrierlm.integrations.models import reference_logits  # barrierlm, used below too
 from barrierlm.integrations.transformers import BarrierTrainer  # barrierlm
@@ -47,7 +47,9 @@ def measure(model, inputs, outputs):  # barrierlm
 
 
 limits = [Constraint("kl", upper=0.3, scale=0.1)]  # barrierlm
-objective = BarrierObjective(None, limits, rule=RelaxedLogBarrier(), schedule=ConstantSchedule(0.05))  # barrierlm
+# Whole distributions, so one window tells the KL: averaged over more it would lag, and swing.
+rule, schedule = RelaxedLogBarrier(), ConstantSchedule(0.05)  # barrierlm
+objective = BarrierObjective(None, limits, rule=rule, schedule=schedule, estimator=BatchMean())  # barrierlm
 trainer = BarrierTrainer(  # barrierlm, instead of: trainer = Trainer(
     model,
     arguments(150),

@@ -16,7 +16,7 @@ LAYERS = {
     "diagnostics": {"saved"},
     "saved": set(),
     "files": set(),
-    "barriers": {"saved"},
+    "barriers": {"estimators", "saved"},
     "estimators": {"constraints", "saved"},
     "learning": {"barriers"},
     "intervals": set(),

@@ -83,8 +83,13 @@ class Case:
             measured = sampled.measure(center, baselines)
             (advantage,) = torch.autograd.grad(measured.total, self.logps)
             row = [measured.row[: Column.EXACT], measured.row[[Column.NONFINITE]]]
-            advantages.append(advantage.nan_to_num())  # a dropped term has the gradient 0 * NaN
-            rows.append(torch.cat([*row, measured.row[Column.POSITIONS :]] if self.per_token else row))
+            own = torch.cat([*row, measured.row[Column.POSITIONS :]] if self.per_token else row)
+            bad = measured.row[Column.NONFINITE]
+            if bad > 0:  # the rest of such a row counts for nothing: here it is 0, there it may be anything
+                own = torch.zeros_like(own)
+                own[len(row[0])] = bad
+            advantages.append(advantage)
+            rows.append(own)
         return torch.stack(advantages), torch.stack(rows)
 
 
