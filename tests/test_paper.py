@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -534,7 +535,12 @@ def test_a_start_from_sft(tiny, tmp_path):
         (tmp_path / name).symlink_to(tiny / name)
     arguments = ["full", "--seeds", "1", "--problems", "feasible", "--methods", DEFAULT]
     assert main(command(tmp_path, *arguments, steps=2)) == 0
-    rows = result_of(tmp_path)["rows"]
+    document = result_of(tmp_path)
+    assert document["case"] == "model, pairs, 2 steps"  # not the number that the full version would have found
+    assert re.search(
+        "^## Full version, model, pairs, 2 steps, ", (tmp_path / "docs" / "paper.md").read_text("utf-8"), re.MULTILINE
+    )
+    rows = document["rows"]
     assert [row["task"]["method"] for row in rows] == [SFT, DEFAULT]
     bound = Bound(*rows[1]["task"]["problem"]["bounds"][0])
     assert bound.lower < rows[0]["test"]["measures"]["length"]["mean"] < bound.upper

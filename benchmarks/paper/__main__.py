@@ -137,11 +137,13 @@ def _save(tasks: list[Task], done: Callable[[Task], Row | None], arguments: argp
     own = Sources()
     other = [slug(Path(arguments.model).name)] if arguments.model != own.model else []
     other += [slug(Path(arguments.data).stem)] if arguments.data != own.data else []
-    other += ["reward-models"] if arguments.reward_model else []
+    other += ["reward models"] if arguments.reward_model else []
+    # The full version looks for its number of steps; one that was given stands beside it.
+    other += [f"{arguments.steps} steps"] if arguments.command == "full" and arguments.steps else []
     settings = {"quick": arguments.command == "quick", "processes": arguments.processes, "threads": arguments.threads}
     typed = shlex.join(sys.argv[1:] if argv is None else argv)
     complete = len(rows) == len(tasks) and all(row["status"] == "ok" for row in rows)
-    case = "-".join(other)
+    case = ", ".join(other)
     command = f"python -m benchmarks.paper {typed}"
     return save(report.new_document(rows, settings, command, complete=complete, case=case), arguments.out)
 

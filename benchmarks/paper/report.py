@@ -222,8 +222,9 @@ def section(document: dict[str, Any], pictures: dict[str, Path], page: Path) -> 
     at_once = f"{settings['processes'] or 1} at a time with {settings['threads']} thread(s) each"
     took = f"{len(good)} runs, {spent:.1f} hours of training and evaluation in all ({cores:.1f} of a core), {at_once}"
     short = f" {steps[0]} steps are what the time of the quick version allows, not where SFT's NLL stops falling."
+    where = [document["case"], document["hardware"]["name"]]
     parts = [
-        f"## {'Quick' if settings['quick'] else 'Full'} version, {document['hardware']['name']}",
+        f"## {'Quick' if settings['quick'] else 'Full'} version, {', '.join(filter(None, where))}",
         stamp(document),
         f"{what}. {took}; peak memory of a process {memory:.1f} GB.{short if settings['quick'] else ''}",
         splits_table(rows),
