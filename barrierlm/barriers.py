@@ -93,6 +93,10 @@ class Force(NamedTuple):
     s: float
 
 
+#: The methods with numbers, and those with vectors that each of them is a faster form of.
+_STANDS_FOR = {"_forces": ("value", "multiplier", "in_force"), "_update_numbers": ("update",)}
+
+
 class Rule(ABC):
     """How a violation becomes a penalty and a multiplier; the common interface of all methods.
 
@@ -111,13 +115,15 @@ class Rule(ABC):
     _nonnegative: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """A class with a formula of its own must not inherit the numbers of another one's."""
         super().__init_subclass__(**options)
-        own = vars(cls).keys()
-        if own & {"value", "multiplier", "in_force"} and "_forces" not in own:
-            cls._forces = Rule._forces  # type: ignore[method-assign]
-        if "update" in own and "_update_numbers" not in own:
-            cls._update_numbers = Rule._update_numbers  # type: ignore[method-assign]
+        for fast, names in _STANDS_FOR.items():
+            if fast in vars(cls):
+                vars(cls)[fast].made_beside = [(name, getattr(cls, name)) for name in names]
+
+    def _changed(self, fast: str) -> bool:
+        """Whether a subclass, a mixin or an assignment has replaced something that ``fast`` stands for."""
+        beside = getattr(type(self), fast).made_beside
+        return any(getattr(getattr(self, name), "__func__", None) is not method for name, method in beside)
 
     @property
     def kind(self) -> str:
@@ -143,7 +149,7 @@ class Rule(ABC):
         return mu, s
 
     # A step asks these two, which take numbers. A rule has its own only to be faster: for as few as there are bounds,
-    # a dozen small tensors cost more than all else in a step.
+    # a dozen small tensors cost more than all else in a step. They ask `_changed` first.
 
     def _update_numbers(self, readings: Readings, mu: list[float], s: list[float]) -> None:
         """`update` with numbers."""
@@ -261,7 +267,7 @@ class RelaxedLogBarrier(Rule):
 
     def _forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
         """See `Rule._forces`."""
-        if self.extension != "linear":
+        if self.extension != "linear" or self._changed("_forces"):
             return super()._forces(z, mu, s)
         return [relaxed_force(*numbers) for numbers in zip(z, mu, s, strict=True)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +27,6 @@ _NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False, math.nan)
 def numbers(rows: Tensor) -> list[list[float]]:
     """The sums [K, Column.POSITIONS] of a window's reduced rows [K, C]: all but those of positions."""
     return rows[:, : Column.POSITIONS].tolist()
-
-
-def _no_inference_tensors() -> AbstractContextManager[Any]:
-    """For what a later call differentiates with."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class View(NamedTuple):
@@ -239,15 +234,15 @@ class Committed:
             weights[k] += pull if side == "upper" else -pull
         self.weights, self.penalty, self._multiplier = weights, penalty, multiplier
         self.report = self._rows_of(multiplier, forces)
-        with _no_inference_tensors():
-            self._packed = vector([*self.estimator.center, *weights, penalty, 1 / (1 + sum(multiplier))])
+        self._packed = vector([*self.estimator.center, *weights, penalty, 1 / (1 + sum(multiplier))])
         self._views: dict[torch.device, View] = {}
 
     def view(self, device: torch.device) -> View:
         """What a call reads, on ``device``: copied there once per window, without waiting for it."""
         found = self._views.get(device)
         if found is None:
-            with _no_inference_tensors():
+            # A later call may differentiate with it.
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 found = self._views[device] = self._view(device)
         return found
 

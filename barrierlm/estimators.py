@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -50,8 +51,9 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def vector(numbers: Any) -> Tensor:
-    """A number, or (nested) list of them, in fp64 on the CPU."""
-    return torch.tensor(numbers, dtype=torch.float64)
+    """A number, or (nested) list of them, in fp64 on the CPU; what a later call differentiates with, in any mode."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        return torch.tensor(numbers, dtype=torch.float64)
 
 
 def neighbours(index: tuple[int, ...]) -> bool:

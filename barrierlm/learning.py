@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .barriers import Force, Reading, Readings, RelaxedLogBarrier, Rule, relaxed_force
+from .estimators import vector
 
 #: Where the modified barrier's log is continued by a parabola, as a share of mu.
 _BETA = 0.5
@@ -154,7 +155,10 @@ class _Learner(Rule):
 
     def _update_numbers(self, readings: Readings, mu: list[float], s: list[float]) -> None:
         """See `Rule._update_numbers`."""
-        self._step(readings, mu)
+        if self._changed("_update_numbers"):
+            super()._update_numbers(readings, mu, s)
+        else:
+            self._step(readings, mu)
 
     def _step(self, readings: Readings, mu: list[float]) -> None:
         raise NotImplementedError
@@ -177,7 +181,7 @@ class _Learner(Rule):
             numbers = (
                 [b.units for b in self._bounds] + [b.learned for b in self._bounds] + list(map(self._own, self._bounds))
             )
-            self._made = self._bounds, torch.tensor(numbers, dtype=torch.float64).view(3, -1)
+            self._made = self._bounds, vector(numbers).view(3, -1)
         units, learned, own = self._made[1].to(z).unbind()
         return units, learned, own
 
@@ -306,6 +310,8 @@ class ModifiedBarrier(_Learner):
 
     def _forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
         """See `Rule._forces`."""
+        if self._changed("_forces"):
+            return super()._forces(z, mu, s)
         return [self._modified(b, at, m * self._growth(b)) for b, at, m in zip(self._bounds, z, mu, strict=True)]
 
 
@@ -414,7 +420,8 @@ class AdaptiveBarrier(_Learner):
                 b.frozen_mu = max(m, math.sqrt(r.noise))
                 # The modified barrier goes on with the multiplier that the relaxed one stands at.
                 relaxed = relaxed_force(r.z, b.frozen_mu, b.frozen_mu * b.frozen_mu)
-                b.learned = relaxed.multiplier / _psi_at(r.z / b.frozen_mu)[1]
+                slope = _psi_at(r.z / b.frozen_mu)[1]
+                b.learned = relaxed.multiplier / slope if slope > 0 else 0.0  # 0 where z / mu is no number
         self._bounds = bounds
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,6 +434,8 @@ class AdaptiveBarrier(_Learner):
 
     def _forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
         """See `Rule._forces`."""
+        if self._changed("_forces"):
+            return super()._forces(z, mu, s)
         return [self._force(*given) for given in zip(self._bounds, z, mu, s, strict=True)]
 
     def _force(self, b: _Bound, z: float, mu: float, s: float) -> Force:

@@ -10,8 +10,6 @@ from torch import Tensor
 from .estimators import NUM_POSITIONS, Column
 from .saved import saved_tensor
 
-_PLACES = torch.arange(NUM_POSITIONS)
-
 
 def position_bucket(position: Tensor) -> Tensor:
     """The bucket of a token position: exact below half the buckets, then eight buckets per octave."""
@@ -50,7 +48,8 @@ class PositionBaseline:
     def table(self) -> Tensor:
         """Baselines [K, NUM_POSITIONS]; 0 where nothing has been seen."""
         total, count = self._sums.unbind(1)
-        last = torch.where(count > 1e-12, _PLACES, 0).cummax(-1).values
+        places = torch.arange(NUM_POSITIONS, device=count.device)
+        last = torch.where(count > 1e-12, places, 0).cummax(-1).values
         # The first place has been seen if any has.
         return (total / count.clamp(min=1e-12)).gather(-1, last)
 

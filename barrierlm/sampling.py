@@ -378,11 +378,11 @@ def _measure_sampled(stack: list[Sampled], center: Tensor, positions: Tensor) ->
         if same is not None:
             others = same.sum(1) - 1
             alone = (others < 1).sum()
-            # A cost and its baseline are both relative to the center, which cancels; alone, it is the baseline.
-            advantage = d - (d @ same - d) / others.clamp(min=1)
+            given = values.to(wide)  # not d: a center far off would cost digits
+            advantage = given - (given @ same - given) / others.clamp(min=1)
     else:
         assert one.cu_seqlens is not None
-        cu = one.cu_seqlens.to(values.device, torch.long)
+        cu = one.cu_seqlens.to(values.device, torch.long).contiguous()
         place = torch.arange(values.shape[1], device=values.device)
         after = torch.searchsorted(cu, place, right=True)  # of each token: its response's number, and 1
         seq = after - 1

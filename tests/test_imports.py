@@ -18,7 +18,7 @@ LAYERS = {
     "files": set(),
     "barriers": {"estimators", "saved"},
     "estimators": {"constraints", "saved"},
-    "learning": {"barriers"},
+    "learning": {"barriers", "estimators"},
     "intervals": set(),
     "schedules": {"barriers", "saved"},
     "baselines": {"barriers"},
