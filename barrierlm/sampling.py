@@ -20,8 +20,9 @@ from .positions import position_bucket
 
 _M = TypeVar("_M")
 
-#: From this magnitude on a number counts as infinite: sums stay finite in fp32, and sums of squares in fp64.
-_HUGE = 1e30
+#: From this magnitude on a cost or value counts as infinite, and from the second one on a log-probability: sums of their
+#: products stay finite in fp32, and sums of squares in fp64.
+_HUGE, _HUGE_LOGP = 1e25, 1e10
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,10 +361,10 @@ def _measure_sampled(stack: list[Sampled], center: Tensor, positions: Tensor) ->
     if logps is not None:  # several costs of the same responses share one tensor
         shared = all(m.logps is logps for m in stack)
         logps = _at_least(torch.float32, logps if shared else _stacked([m.logps for m in stack]))
-        probe = probe + logps.detach()
+        probe = torch.add(probe, logps.detach(), alpha=_HUGE / _HUGE_LOGP)
     if one.old_logps is not None:
         old_logps = _stacked([m.old_logps for m in stack]).detach()
-        probe = probe + old_logps
+        probe = torch.add(probe, old_logps, alpha=_HUGE / _HUGE_LOGP)
     good = _count_good(probe)
     bad = torch.rsub(good, probe.shape[1])
 
