@@ -20,8 +20,8 @@ from .positions import position_bucket
 
 _M = TypeVar("_M")
 
-#: From this magnitude on a cost or value counts as infinite, and from the second one on a log-probability: sums of their
-#: products stay finite in fp32, and sums of squares in fp64.
+#: From this magnitude on a cost or value counts as infinite, and from the second one on a log-probability: sums of
+#: their products stay finite in fp32, and sums of squares in fp64.
 _HUGE, _HUGE_LOGP = 1e25, 1e10
 
 

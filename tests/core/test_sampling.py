@@ -249,6 +249,40 @@ def test_huge_pathwise_values_are_nonfinite_not_poison():
     assert objective.report()[0].verdict == "unknown"
 
 
+@pytest.mark.parametrize(("cost", "logp"), [(1e26, -1.0), (1.0, -1e11), (1e20, -1e20)])
+def test_what_would_overflow_in_a_product_is_nonfinite_not_poison(cost, logp):
+    objective = BarrierObjective(None, [Constraint("c", upper=1.0, scale=1.0)], nonfinite="skip")
+    objective.calibrate({"c": Sampled(torch.tensor([3.0, 4.0]))})
+    logps = torch.tensor([-1.0, logp], requires_grad=True)
+    out = objective.combine(torch.tensor(1.0), {"c": Sampled(torch.tensor([1.0, cost]), logps)})
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert logps.grad.tolist() == [0, 0]
+    objective.step()
+    assert objective.report()[0].estimate == 3.5
+    assert objective.metrics()["constraints/c/nonfinite"] == 1
+
+
+def test_a_group_forgets_an_outlier_before_it():
+    """Its costs are compared with each other, and a committed mean far off costs them no digits."""
+    objective = BarrierObjective(None, [Constraint("c", upper=1.0, scale=1.0)], rule=RelaxedLogBarrier())
+    objective.calibrate({"c": Sampled(torch.tensor([1e20, 1.0]))})
+    logps = torch.full((4,), -1.0, requires_grad=True)
+    costs, groups = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 1])
+    objective.combine(None, {"c": Sampled(costs, logps, groups=groups)}).loss.backward()
+    torch.testing.assert_close(logps.grad / objective.weights["c"], torch.tensor([-0.25, 0.25, -0.25, 0.25]))
+
+
+def test_cu_seqlens_that_are_a_column_of_a_table():
+    objective = BarrierObjective(None, [Constraint("c", upper=1.0, scale=1.0)])
+    cu_seqlens = torch.tensor([[0, 9], [2, 9], [5, 9]])[:, 0]
+    objective.combine(
+        None, {"c": Sampled.per_token(torch.ones(5), torch.zeros(5, requires_grad=True), cu_seqlens)}
+    ).loss.backward()
+    objective.step()
+    assert objective.report()[0].estimate == 2.5
+
+
 def test_autocast_changes_nothing():
     logps = torch.randn(8, requires_grad=True)
     objective = BarrierObjective(
