@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -52,8 +51,10 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def vector(numbers: Any) -> Tensor:
     """A number, or (nested) list of them, in fp64 on the CPU; what a later call differentiates with, in any mode."""
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        return torch.tensor(numbers, dtype=torch.float64)
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return vector(numbers)
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def neighbours(index: tuple[int, ...]) -> bool:
