@@ -127,7 +127,7 @@ class Committed:
                     )
                 ]
                 readings = Readings.of(news)
-                self.rule._update_numbers(readings, self.mu, self.s)
+                self.rule._ask("_update_numbers", readings, self.mu, self.s)
                 self.schedule.tick(readings)
                 self.watch.update(self._z, [r.stderr for r in self._readings], self._multiplier)
                 self.windows += 1
@@ -216,7 +216,7 @@ class Committed:
         else:
             mu, s = [base] * len(noise), [max(x, self.rule.s) for x in noise]
         self.mu, self.s = mu, s
-        forces = self.rule._forces([r.z for r in self._readings], mu, s)
+        forces = self.rule._ask("_forces", [r.z for r in self._readings], mu, s)
         scale, weights, penalty, multiplier = self.scales.value, [0.0] * len(self.bounds.constraints), 0.0, []
         for i, ((k, side), r, force) in enumerate(zip(self.bounds.sides, self._readings, forces, strict=True)):
             if not r.known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -155,13 +156,11 @@ class _Learner(Rule):
 
     def _update_numbers(self, readings: Readings, mu: list[float], s: list[float]) -> None:
         """See `Rule._update_numbers`."""
-        if self._changed("_update_numbers"):
-            super()._update_numbers(readings, mu, s)
-        else:
-            self._step(readings, mu)
+        self._step(readings, mu)
 
+    @abstractmethod
     def _step(self, readings: Readings, mu: list[float]) -> None:
-        raise NotImplementedError
+        """One window's step of every bound."""
 
     def _copies(self) -> list[_Bound]:
         """The bounds, to be changed by a step and put in their place when it is done."""
@@ -310,8 +309,6 @@ class ModifiedBarrier(_Learner):
 
     def _forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
         """See `Rule._forces`."""
-        if self._changed("_forces"):
-            return super()._forces(z, mu, s)
         return [self._modified(b, at, m * self._growth(b)) for b, at, m in zip(self._bounds, z, mu, strict=True)]
 
 
@@ -434,8 +431,6 @@ class AdaptiveBarrier(_Learner):
 
     def _forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
         """See `Rule._forces`."""
-        if self._changed("_forces"):
-            return super()._forces(z, mu, s)
         return [self._force(*given) for given in zip(self._bounds, z, mu, s, strict=True)]
 
     def _force(self, b: _Bound, z: float, mu: float, s: float) -> Force:
