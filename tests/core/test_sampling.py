@@ -175,6 +175,11 @@ def test_position_baseline():
     assert baseline.table()[0, :5].tolist() == [3.0, 2.0, 2.0, 2.0, 2.0]
 
 
+def test_position_baseline_under_another_default_device():
+    with torch.device("meta"):
+        assert PositionBaseline(2, 0.1).table().shape == (2, NUM_POSITIONS)
+
+
 def test_learned_position_baseline_is_the_mean_reward_to_go():
     objective = BarrierObjective(None, [Constraint("len", lower=1, upper=3)])
     logps = torch.zeros(5, requires_grad=True)
