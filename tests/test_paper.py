@@ -533,12 +533,12 @@ def test_a_start_from_sft(tiny, tmp_path):
     """A run of the full version that starts where plain fine-tuning ended, with a window around that."""
     for name in ("model", "pairs.jsonl"):
         (tmp_path / name).symlink_to(tiny / name)
-    arguments = ["full", "--seeds", "1", "--problems", "feasible", "--methods", DEFAULT]
+    arguments = ["full", "--seeds", "1", "--problems", "feasible", "--methods", DEFAULT, "--name", "again"]
     assert main(command(tmp_path, *arguments, steps=2)) == 0
     document = result_of(tmp_path)
-    assert document["case"] == "model, pairs, 2 steps"  # not the number that the full version would have found
+    assert document["case"] == "model, pairs, 2 steps, again"  # not the number that the full version would have found
     assert re.search(
-        "^## Full version, model, pairs, 2 steps, ", (tmp_path / "docs" / "paper.md").read_text("utf-8"), re.MULTILINE
+        "^## Full version, model, pairs, 2 steps, again, ", (tmp_path / "docs" / "paper.md").read_text("utf-8"), re.MULTILINE
     )
     rows = document["rows"]
     assert [row["task"]["method"] for row in rows] == [SFT, DEFAULT]

@@ -108,6 +108,12 @@ class ObjectiveOptions:
     estimator: str = _option("EMA", "class name of the estimator")
     estimator_options: dict[str, Any] = _option({}, "arguments of the estimator")
     noise_floor: float = _option(1.0, "s stays above this many standard errors; 0: off", low=0)
+    confidence: float | None = _option(
+        None,
+        "bounds are drawn in by this many standard errors of a mean over 200 windows; null: the rule's own (0.5 for "
+        "AdaptiveBarrier, which then ends on its bounds: half of the estimates lie outside). 6 keeps most of them inside",
+        low=0,
+    )
 
 
 @dataclass

@@ -120,6 +120,7 @@ def build_objective(options: Options) -> BarrierObjective | None:
         schedule=_part("schedule", given.schedule, given.schedule_options, Schedule),
         estimator=_part("estimator", given.estimator, given.estimator_options, EMA),
         noise_floor=given.noise_floor,
+        confidence=given.confidence,
         nonfinite="skip" if options.costs.on_error == "skip" else "raise",
     )
 

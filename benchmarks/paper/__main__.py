@@ -47,6 +47,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of the recipe, for every run"
     )
+    parser.add_argument("--name", help="of the result, to stand beside the one without these options")
     cores = os.cpu_count() or 1
     processes = 1 if torch.cuda.is_available() else min(2, cores)
     parser.add_argument("--processes", type=int, default=processes, help="runs at a time; 0: in this process")
@@ -140,6 +141,7 @@ def _save(tasks: list[Task], done: Callable[[Task], Row | None], arguments: argp
     other += ["reward models"] if arguments.reward_model else []
     # The full version looks for its number of steps; one that was given stands beside it.
     other += [f"{arguments.steps} steps"] if arguments.command == "full" and arguments.steps else []
+    other += [arguments.name] if arguments.name else []
     settings = {"quick": arguments.command == "quick", "processes": arguments.processes, "threads": arguments.threads}
     typed = shlex.join(sys.argv[1:] if argv is None else argv)
     complete = len(rows) == len(tasks) and all(row["status"] == "ok" for row in rows)

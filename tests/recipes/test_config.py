@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from barrierlm import AdaptiveBarrier
 from barrierlm.recipes.config import CONFIGS, ConfigError, load_options, option_table, to_yaml
 from barrierlm.recipes.options import ObjectiveOptions, Options
 from barrierlm.recipes.workspace import build_objective
@@ -47,6 +48,20 @@ def test_rules_that_learn_take_the_unit():
     assert not hasattr(rule("objective.rule=RelaxedLogBarrier"), "unit")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "drawn_in"),
+    [
+        ([], AdaptiveBarrier.confidence),
+        (["objective.confidence=6"], 6.0),
+        (["objective.confidence=0"], 0.0),
+        (["objective.rule=RelaxedLogBarrier"], 0.0),
+        (["objective.rule=DualAscent", "objective.confidence=6"], 6.0),
+    ],
+)
+def test_confidence_is_the_rules_own_until_one_is_given(overrides: list[str], drawn_in: float):
+    assert build_objective(load_options(None, ["constraints.length.upper=5", *overrides])).confidence == drawn_in
+
+
 def test_options_survive_being_written(tmp_path: Path):
     options = load_options("demo", ["objective.rule_options.mu=0.5"])
     file = tmp_path / "again.yaml"
@@ -68,6 +83,7 @@ def test_options_survive_being_written(tmp_path: Path):
         ("optim=3", r"optim is 3; allowed: a mapping"),
         ("optim.steps=many", r"optim.steps='many': .*allowed"),
         ("optim.steps=0", r"optim.steps=0; allowed: >= 1"),
+        ("objective.confidence=-1", r"objective.confidence=-1.0; allowed: >= 0"),
         ("optim.learning_rate=0", r"optim.learning_rate=0.0; allowed: > 0"),
         ("optim.learning_rate=nan", r"optim.learning_rate=nan; allowed"),
         ("optim.decay=square", r"optim.decay='square'; allowed: linear, cosine, constant"),
