@@ -538,7 +538,9 @@ def test_a_start_from_sft(tiny, tmp_path):
     document = result_of(tmp_path)
     assert document["case"] == "model, pairs, 2 steps, again"  # not the number that the full version would have found
     assert re.search(
-        "^## Full version, model, pairs, 2 steps, again, ", (tmp_path / "docs" / "paper.md").read_text("utf-8"), re.MULTILINE
+        "^## Full version, model, pairs, 2 steps, again, ",
+        (tmp_path / "docs" / "paper.md").read_text("utf-8"),
+        re.MULTILINE,
     )
     rows = document["rows"]
     assert [row["task"]["method"] for row in rows] == [SFT, DEFAULT]

@@ -110,8 +110,8 @@ class ObjectiveOptions:
     noise_floor: float = _option(1.0, "s stays above this many standard errors; 0: off", low=0)
     confidence: float | None = _option(
         None,
-        "bounds are drawn in by this many standard errors of a mean over 200 windows; null: the rule's own (0.5 for "
-        "AdaptiveBarrier, which then ends on its bounds: half of the estimates lie outside). 6 keeps most of them inside",
+        "bounds are drawn in by this many standard errors of a mean over 200 windows (6: 0.4 of one window's); null: "
+        "the rule's own, 0.5 for AdaptiveBarrier, with which it ends on its bounds and half of the estimates outside",
         low=0,
     )
 
