@@ -17,7 +17,7 @@ from barrierlm.learning import AdaptiveBarrier
 from barrierlm.recipes import progress
 from barrierlm.recipes.config import load_options
 from barrierlm.recipes.workspace import build_objective, open_workspace
-from benchmarks.paper import report, run
+from benchmarks.paper import report, run, surrogate
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.estimate import predicted, remaining
 from benchmarks.paper.evaluate import distance, splits, verdict
@@ -48,6 +48,7 @@ from benchmarks.paper.methods import (
     recipe_options,
 )
 from benchmarks.paper.scores import infeasible_share, inside, of_training, steps_to_feasibility, thinned
+from benchmarks.paper.surrogate import SPEEDS, simulate
 from benchmarks.paper.targets import search_lines, targets
 from tests.recipes.tiny import make_data, make_model
 
@@ -602,3 +603,36 @@ def test_targets_of_rows_made_by_hand(done):
 def test_reports_say_failed_for_failed_seeds():
     rows = [fake(), {"status": "failed"}]
     assert report._each(rows, lambda r: f"{r['test']['nll']:.1f}") == "3.9 / failed"
+
+
+# ---- the surrogate
+
+
+def shares(method: str, *options: str, steps: int) -> tuple[float, float]:
+    """Of six runs in the window [24, 32]: mean shares outside, of estimates and of the policy's own mean."""
+    task = Task(window(24, 32), method, 0, steps, Sources(extra=options))
+    runs = [simulate(dataclasses.replace(task, seed=seed), speed) for seed in range(3) for speed in SPEEDS]
+    return sum(c.infeasible for c in runs) / 6, sum(c.outside for c in runs) / 6
+
+
+def test_bounds_drawn_in_keep_the_estimates_of_learned_multipliers_inside():
+    """Without, they end on the bound; min-max training swings, and would not be helped."""
+    own, drawn_in = shares(DEFAULT, steps=300), shares(DEFAULT, "objective.confidence=6", steps=300)
+    assert drawn_in[0] < 0.75 * own[0]
+    assert drawn_in[1] < 0.5 * own[1]
+    assert shares(MM, "objective.confidence=6", steps=300)[0] > 2 * drawn_in[0]
+
+
+def test_the_surrogate_is_reproducible_and_takes_windows_of_length_only():
+    task = Task(window(24, 32), DEFAULT, 0, 8, SOURCES)
+    assert simulate(task, SPEEDS[0]) == simulate(task, SPEEDS[0])
+    for problem in (Problem(SFT), Problem("helpful", (Bound("helpful", "helpful", lower=0.5),))):
+        with pytest.raises(ValueError, match=r"allowed: a window of length"):
+            simulate(dataclasses.replace(task, problem=problem), SPEEDS[0])
+
+
+def test_the_surrogates_table(capsys):
+    assert surrogate.main(["--steps", "4", "--seeds", "1"]) == 0
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert header == "| steps |  | 8 to 12 | 12 to 16 | 16 to 24 | 24 to 32 | 32 to 48 |"
+    assert [line.split(" | ")[1] for line in lines] == ["MM", "MM, confidence 6", "default", "default, confidence 6"]

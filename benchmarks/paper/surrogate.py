@@ -1,0 +1,135 @@
+r"""`python -m benchmarks.paper.surrogate`: the runs with windows of length, on a policy that takes seconds.
+
+The real objective, options and estimates, on a policy whose responses end at every token with the same probability,
+:math:`p = \sigma(h_0 + a \cdot \theta)`. It has many parameters, gradients as noisy as sampled ones, and Adam, so it
+swings for the same reasons as the model does: estimates are late, and steps have their size whatever the gradient's.
+What it says of a setting is a guess to be tried on the model, and no result.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import numpy as np
+import torch
+
+from barrierlm import Sampled
+from barrierlm.recipes.config import load_options
+from barrierlm.recipes.finetune import learning_rate
+from barrierlm.recipes.workspace import build_objective
+
+from ..tables import markdown_table
+from .experiment import WINDOWS, Sources, Task, window
+from .methods import DEFAULT, MM
+from .scores import infeasible_share, inside, last_quarter
+
+_PARAMETERS = 400
+#: Mean lengths of the model at the start, and of the data.
+_START, _DATA = 55.0, 18.5
+#: Spread of a token's gradient in the other directions: of a sampled response, and of the data.
+_NOISE = 0.35, 0.6
+#: By how much a step moves the logit, over the learning rate: the slower and the faster of two policies.
+SPEEDS = (1000.0, 2000.0)
+#: Lines of the table: a name, the method, and options of the recipe.
+_COMPARED = (
+    ("MM", MM, ()),
+    ("MM, confidence 6", MM, ("objective.confidence=6",)),
+    ("default", DEFAULT, ()),
+    ("default, confidence 6", DEFAULT, ("objective.confidence=6",)),
+)
+
+
+@dataclass(frozen=True)
+class Course:
+    """Of a run's last quarter: the shares of steps with an estimate outside, and with the policy's own mean outside."""
+
+    infeasible: float
+    outside: float
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def simulate(task: Task, speed: float) -> Course:
+    """A task of one window of length, on the surrogate.
+
+    Args:
+        task: As for the model.
+        speed: One of `SPEEDS`.
+    """
+    options = load_options(None, task.overrides())
+    objective, rng, cap = build_objective(options), np.random.default_rng(task.seed), options.rollout.max_new_tokens
+    if objective is None or list(objective.weights) != ["length"]:
+        raise ValueError(f"task={task.label!r}; allowed: a window of length")
+    (bound,) = task.problem.bounds
+    own = np.abs(rng.normal(size=_PARAMETERS))  # of each parameter, in the logit
+    own /= np.linalg.norm(own)
+    parameters = torch.zeros(_PARAMETERS, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameters], betas=(options.optim.momentum, 0.999), weight_decay=0.0)
+    lines, means = [], []
+    for step in range(task.steps):
+        moved = speed / own.sum() * float(own @ parameters.detach().numpy())
+        p = 1 / (1 + math.exp(-min(max(_logit(1 / _START) + moved, -8.0), 3.0)))
+        lengths = np.minimum(rng.geometric(p, size=options.rollout.prompts), cap).astype(float)
+        ended = lengths < cap
+        pairs = rng.geometric(1 / _DATA, size=options.optim.batch_size).astype(float)
+        # Of the token mean of the NLL, and of a cost's score-function estimate.
+        task_slope = (p * (pairs.sum() - len(pairs)) - (1 - p) * len(pairs)) / pairs.sum()
+        advantages = lengths - objective.report()[0].estimate if objective.windows else lengths - lengths.mean()
+        slope = (advantages * (ended * (1 - p) - p * (lengths - ended))).mean()
+        sampled_noise, data_noise = (s / math.sqrt(_PARAMETERS) for s in _NOISE)
+        other = rng.normal(size=(len(lengths), _PARAMETERS))
+        gradient = task_slope * own + data_noise / math.sqrt(pairs.sum()) * rng.normal(size=_PARAMETERS)
+        gradient += objective.weights["length"] * (
+            slope * own + sampled_noise * ((advantages * np.sqrt(lengths))[:, None] * other).mean(0)
+        )
+        parameters.grad = torch.from_numpy(gradient)
+        torch.nn.utils.clip_grad_norm_([parameters], options.optim.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, options.optim)
+        optimizer.step()
+        objective.measure({"length": Sampled(torch.from_numpy(lengths))})
+        objective.step()
+        lines.append(objective.metrics())
+        means.append((1 - (1 - p) ** cap) / p)
+    allowed = (bound.lower or -math.inf, bound.upper or math.inf)
+    outside = [not allowed[0] <= mean <= allowed[1] for mean in last_quarter(means)]
+    return Course(infeasible_share(inside(lines, [bound])), sum(outside) / len(outside))
+
+
+def _one(job: tuple[Task, float]) -> Course:
+    torch.set_num_threads(1)
+    return simulate(*job)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a table of methods: shares of the last quarter's steps with an estimate (the policy's own mean) outside."""
+    parser = argparse.ArgumentParser("python -m benchmarks.paper.surrogate", description=main.__doc__)
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 300])
+    parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of the recipe, for all")
+    arguments = parser.parse_args(argv)
+    header = ["steps", "", *(f"{low} to {high}" for low, high in WINDOWS)]
+    table = []
+    with ProcessPoolExecutor() as pool:
+        for steps in arguments.steps:
+            for name, method, options in _COMPARED:
+                sources = Sources(extra=(*options, *arguments.set))
+                tasks = [Task(window(*bounds), method, 0, steps, sources) for bounds in WINDOWS]
+                cells = []
+                for task in tasks:
+                    jobs = [(replace(task, seed=k), speed) for k in range(arguments.seeds) for speed in SPEEDS]
+                    found = list(pool.map(_one, jobs))
+                    estimates, own = (fmean(c.infeasible for c in found), fmean(c.outside for c in found))
+                    cells.append(f"{estimates:.0%} ({own:.0%})")
+                table.append([str(steps), name, *cells])
+    print(markdown_table(header, table))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
