@@ -70,6 +70,7 @@ def courses(rows: list[Row]) -> Any:
             _plain(panel)
     for panel, bound in zip(panels[:, 0], bounds, strict=False):
         panel.set_ylabel(bound.name, fontsize=8)
+    panels[-1, 0].set_ylim(bottom=-2e-4)  # none is negative, and a line along 0 shows
     panels[-1, 0].set_ylabel("multiplier\n(lower —, upper - -)", fontsize=8)
     return figure
 

@@ -255,7 +255,7 @@ def updated(text: str, documents: list[dict[str, Any]], results: Path, page: Pat
 
 def write(results: Path, page: Path) -> bool:
     """Write the page of the results that there are; without any there is none, and False is returned."""
-    files = sorted(results.glob(f"{SUITE}-*.json"))
+    files = sorted(results.glob(f"{SUITE}-*.json"), key=lambda p: p.stem)  # a name before the longer ones
     documents = [d for d in (json.loads(p.read_text(encoding="utf-8")) for p in files) if d["rows"]]
     if not documents:
         return False
