@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from statistics import fmean
 
 import numpy as np
@@ -115,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     header = ["steps", "", *(f"{low} to {high}" for low, high in WINDOWS)]
     table = []
-    with ProcessPoolExecutor() as pool:
+    # A process that has used torch's threads must not fork.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for steps in arguments.steps:
             for name, method, options in _COMPARED:
                 sources = Sources(extra=(*options, *arguments.set))
