@@ -616,7 +616,7 @@ def shares(method: str, *options: str, steps: int) -> tuple[float, float]:
 
 
 def test_bounds_drawn_in_keep_the_estimates_of_learned_multipliers_inside():
-    """Without, they end on the bound; min-max training swings, and would not be helped."""
+    """Without, they end on the bound; in this window min-max training swings, and is not helped."""
     own, drawn_in = shares(DEFAULT, steps=300), shares(DEFAULT, "objective.confidence=6", steps=300)
     assert drawn_in[0] < 0.75 * own[0]
     assert drawn_in[1] < 0.5 * own[1]
