@@ -17,6 +17,7 @@ from barrierlm.learning import AdaptiveBarrier
 from barrierlm.recipes import progress
 from barrierlm.recipes.config import load_options
 from barrierlm.recipes.workspace import build_objective, open_workspace
+from benchmarks.output import save
 from benchmarks.paper import report, run, surrogate
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.estimate import predicted, remaining
@@ -47,6 +48,7 @@ from benchmarks.paper.methods import (
     UNIT,
     recipe_options,
 )
+from benchmarks.paper.plots import courses
 from benchmarks.paper.scores import infeasible_share, inside, of_training, steps_to_feasibility, thinned
 from benchmarks.paper.surrogate import SPEEDS, simulate
 from benchmarks.paper.targets import search_lines, targets
@@ -603,6 +605,23 @@ def test_targets_of_rows_made_by_hand(done):
 def test_reports_say_failed_for_failed_seeds():
     rows = [fake(), {"status": "failed"}]
     assert report._each(rows, lambda r: f"{r['test']['nll']:.1f}") == "3.9 / failed"
+
+
+def test_a_result_stands_before_its_namesakes_with_other_options(done, tmp_path):
+    for name in ("", ", again"):
+        document = result_of(done)
+        document["case"] += name
+        save(document, tmp_path)
+    assert report.write(tmp_path, tmp_path / "page.md")
+    first, second = re.findall("^## Quick version, (.*)", (tmp_path / "page.md").read_text("utf-8"), re.MULTILINE)
+    assert second == first.replace("pairs, ", "pairs, again, ", 1)
+
+
+def test_multipliers_are_drawn_from_zero_up(done):
+    """Without min-max training's zeros, too, where a symmetric scale would add negative numbers."""
+    rows = [row for row in result_of(done)["rows"] if row["task"]["method"] == DEFAULT]
+    low, high = courses(rows).axes[-1].get_ylim()
+    assert -1e-3 < low < 0 < high
 
 
 # ---- the surrogate

@@ -255,8 +255,11 @@ def updated(text: str, documents: list[dict[str, Any]], results: Path, page: Pat
 
 def write(results: Path, page: Path) -> bool:
     """Write the page of the results that there are; without any there is none, and False is returned."""
-    files = sorted(results.glob(f"{SUITE}-*.json"), key=lambda p: p.stem)  # a name before the longer ones
-    documents = [d for d in (json.loads(p.read_text(encoding="utf-8")) for p in files) if d["rows"]]
+    found = (json.loads(p.read_text(encoding="utf-8")) for p in results.glob(f"{SUITE}-*.json"))
+    # By name, and not by file: a case stands before the longer ones that add to it.
+    documents = sorted(
+        (d for d in found if d["rows"]), key=lambda d: (d["hardware"]["name"], d["settings"]["quick"], d["case"])
+    )
     if not documents:
         return False
     text = page.read_text(encoding="utf-8") if page.exists() else ""

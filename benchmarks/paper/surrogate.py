@@ -26,13 +26,13 @@ from barrierlm.recipes.workspace import build_objective
 from ..tables import markdown_table
 from .experiment import WINDOWS, Sources, Task, window
 from .methods import DEFAULT, MM
-from .scores import infeasible_share, inside, last_quarter
+from .scores import infeasible_share, inside
 
 _PARAMETERS = 400
 #: Mean lengths of the model at the start, and of the data.
 _START, _DATA = 55.0, 18.5
-#: Spread of a token's gradient in the other directions: of a sampled response, and of the data.
-_NOISE = 0.35, 0.6
+#: Spread of a token's gradient in all other directions together: of a sampled response, and of the data.
+_SAMPLED_NOISE, _DATA_NOISE = 0.35 / math.sqrt(_PARAMETERS), 0.6 / math.sqrt(_PARAMETERS)
 #: By how much a step moves the logit, over the learning rate: the slower and the faster of two policies.
 SPEEDS = (1000.0, 2000.0)
 #: Lines of the table: a name, the method, and options of the recipe.
@@ -52,10 +52,6 @@ class Course:
     outside: float
 
 
-def _logit(p: float) -> float:
-    return math.log(p / (1 - p))
-
-
 def simulate(task: Task, speed: float) -> Course:
     """A task of one window of length, on the surrogate.
 
@@ -67,15 +63,15 @@ def simulate(task: Task, speed: float) -> Course:
     objective, rng, cap = build_objective(options), np.random.default_rng(task.seed), options.rollout.max_new_tokens
     if objective is None or list(objective.weights) != ["length"]:
         raise ValueError(f"task={task.label!r}; allowed: a window of length")
-    (bound,) = task.problem.bounds
+    (bound,), value = task.problem.bounds, "constraints/length/value"
     own = np.abs(rng.normal(size=_PARAMETERS))  # of each parameter, in the logit
     own /= np.linalg.norm(own)
     parameters = torch.zeros(_PARAMETERS, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.AdamW([parameters], betas=(options.optim.momentum, 0.999), weight_decay=0.0)
-    lines, means = [], []
+    estimates, means = [], []
     for step in range(task.steps):
         moved = speed / own.sum() * float(own @ parameters.detach().numpy())
-        p = 1 / (1 + math.exp(-min(max(_logit(1 / _START) + moved, -8.0), 3.0)))
+        p = 1 / (1 + math.exp(-min(max(moved - math.log(_START - 1), -8.0), 3.0)))
         lengths = np.minimum(rng.geometric(p, size=options.rollout.prompts), cap).astype(float)
         ended = lengths < cap
         pairs = rng.geometric(1 / _DATA, size=options.optim.batch_size).astype(float)
@@ -83,11 +79,10 @@ def simulate(task: Task, speed: float) -> Course:
         task_slope = (p * (pairs.sum() - len(pairs)) - (1 - p) * len(pairs)) / pairs.sum()
         advantages = lengths - objective.report()[0].estimate if objective.windows else lengths - lengths.mean()
         slope = (advantages * (ended * (1 - p) - p * (lengths - ended))).mean()
-        sampled_noise, data_noise = (s / math.sqrt(_PARAMETERS) for s in _NOISE)
         other = rng.normal(size=(len(lengths), _PARAMETERS))
-        gradient = task_slope * own + data_noise / math.sqrt(pairs.sum()) * rng.normal(size=_PARAMETERS)
+        gradient = task_slope * own + _DATA_NOISE / math.sqrt(pairs.sum()) * rng.normal(size=_PARAMETERS)
         gradient += objective.weights["length"] * (
-            slope * own + sampled_noise * ((advantages * np.sqrt(lengths))[:, None] * other).mean(0)
+            slope * own + _SAMPLED_NOISE * ((advantages * np.sqrt(lengths))[:, None] * other).mean(0)
         )
         parameters.grad = torch.from_numpy(gradient)
         torch.nn.utils.clip_grad_norm_([parameters], options.optim.max_grad_norm)
@@ -95,11 +90,9 @@ def simulate(task: Task, speed: float) -> Course:
         optimizer.step()
         objective.measure({"length": Sampled(torch.from_numpy(lengths))})
         objective.step()
-        lines.append(objective.metrics())
-        means.append((1 - (1 - p) ** cap) / p)
-    allowed = (bound.lower or -math.inf, bound.upper or math.inf)
-    outside = [not allowed[0] <= mean <= allowed[1] for mean in last_quarter(means)]
-    return Course(infeasible_share(inside(lines, [bound])), sum(outside) / len(outside))
+        estimates.append({value: objective.report()[0].estimate})
+        means.append({value: (1 - (1 - p) ** cap) / p})
+    return Course(*(infeasible_share(inside(lines, [bound])) for lines in (estimates, means)))
 
 
 def _one(job: tuple[Task, float]) -> Course:
