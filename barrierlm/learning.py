@@ -15,7 +15,7 @@ from torch import Tensor
 from .barriers import Force, Reading, Readings, RelaxedLogBarrier, Rule, relaxed_force
 from .estimators import vector
 
-#: Where the modified barrier's log is continued by a parabola, as a share of mu.
+#: Where the modified barrier's log is continued, as a share of mu: by a line for noisy bounds, else by a parabola.
 _BETA = 0.5
 #: Learned multipliers stay below this, so that bounds that cannot be met do not end in infinities.
 _MAX_MULTIPLIER = 1e4
@@ -34,28 +34,28 @@ _NARROWEST, _WIDEST = 0.25, 10.0
 _FAR_STEP, _GROWTH = 0.3, 0.2
 
 
-def _psi(u: Tensor) -> Tensor:
-    """-log(1 - u) for u <= beta, then the parabola that matches value, slope and curvature."""
+def _psi(u: Tensor, noisy: Tensor) -> Tensor:
+    """-log(1 - u) for u <= beta, then what matches value and slope: a parabola, or a line where ``noisy``."""
     beyond = (u - _BETA).relu() / (1 - _BETA)
-    return beyond + beyond * beyond / 2 - torch.log1p(-u.clamp(max=_BETA))
+    return beyond + (noisy == 0) * beyond * beyond / 2 - torch.log1p(-u.clamp(max=_BETA))
 
 
-def _psi_slope(u: Tensor) -> Tensor:
+def _psi_slope(u: Tensor, noisy: Tensor) -> Tensor:
     """The derivative of `_psi`; 1 at u = 0."""
-    return (1 - u.clamp(max=_BETA)).reciprocal() + (u - _BETA).relu() / (1 - _BETA) ** 2
+    return (1 - u.clamp(max=_BETA)).reciprocal() + (noisy == 0) * (u - _BETA).relu() / (1 - _BETA) ** 2
 
 
-def _psi_at(u: float) -> tuple[float, float]:
-    """`_psi` and `_psi_slope` of a number."""
+def _psi_at(u: float, noisy: float) -> tuple[float, float]:
+    """`_psi` and `_psi_slope` of numbers."""
     if u <= _BETA:
         return -math.log1p(-u), 1 / (1 - u)
-    beyond = (u - _BETA) / (1 - _BETA)
-    return beyond + beyond * beyond / 2 - math.log1p(-_BETA), 1 / (1 - _BETA) + (u - _BETA) / (1 - _BETA) ** 2
+    beyond, curved = (u - _BETA) / (1 - _BETA), noisy == 0
+    return beyond + curved * beyond * beyond / 2 - math.log1p(-_BETA), (1 + curved * beyond) / (1 - _BETA)
 
 
 @dataclass(slots=True)
 class _Bound:
-    """What was learned of one bound; the last three are of `AdaptiveBarrier` alone."""
+    """What was learned of one bound; the last three are of `AdaptiveBarrier` alone. 1 stands for True."""
 
     units: float  # a single one
     found: float = 0.0
@@ -66,6 +66,7 @@ class _Bound:
     average: float = 0.0
     seen: float = 0.0
     lasting: float = 0.0
+    noisy: float = 0.0
     frozen_mu: float = 0.0
     smallest_seen: float = math.inf
     held: float = 0.0
@@ -107,13 +108,16 @@ class _Learner(Rule):
       which a policy that has collapsed never undoes. Otherwise a step counts at most 0.3 of it.
     - g = max(1, lambda), so that large multipliers learn in proportion, but a fifth of that for violations that do not
       come down: they may not be able to. Within 3 standard errors of the bound none of these limits hold.
+    - Beyond half of mu the log goes on as a line, so the multiplier in force is at most twice the learned one. On a
+      parabola it is twelve times that at 3 mu, where late estimates and an optimizer with momentum take a swing.
     - A violation that has lasted for 5 `patience` windows without coming down starts the age over.
 
     ``unit="auto"`` looks for the unit of each bound: from 0.01 it grows by a tenth a window, to at most 1,000, while
     the bound is violated by 2 standard errors and does not come down by 2 (and a tenth). The first time that it is met
     after that, its unit is found.
 
-    Exact bounds take :math:`g = \max(1, \hat\lambda)` and the full step: there is nothing to average. A step of 1 is
+    Exact bounds take :math:`g = \max(1, \hat\lambda)`, the full step and the parabola: there is nothing to average, and
+    its curvature is what holds two bounds that cannot be met together. A step of 1 is
     the classical update, :math:`\hat\lambda \psi'(z/\mu)`, for solved inner problems; anywhere else it overshoots
     from an infeasible start, and cannot grow back from nearly 0 after that.
     """
@@ -123,9 +127,9 @@ class _Learner(Rule):
     _bounds: list[_Bound]
     units, found, learned = _Column(), _Column(), _Column()
     age, side, uncrossed = _Column(), _Column(), _Column()
-    average, seen, lasting = _Column(), _Column(), _Column()
-    _learned: tuple[str, ...] = ("units", "found", "learned", "age", "side", "uncrossed", "average", "seen", "lasting")
-    _nonnegative: tuple[str, ...] = ("units", "found", "learned", "age", "uncrossed", "seen", "lasting")
+    average, seen, lasting, noisy = _Column(), _Column(), _Column(), _Column()
+    _nonnegative: tuple[str, ...] = ("units", "found", "learned", "age", "uncrossed", "seen", "lasting", "noisy")
+    _learned: tuple[str, ...] = (*_nonnegative, "side", "average")
 
     def __init__(self, step: float, decay: float, patience: int, unit: float | str) -> None:
         if unit != "auto" and not (isinstance(unit, int | float) and unit > 0 and math.isfinite(unit)):
@@ -174,23 +178,22 @@ class _Learner(Rule):
         """The last of `_tensors`."""
         return self._growth(b)
 
-    def _tensors(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Units, learned multipliers and `_own` [m] of all bounds, like z; made once for a step's questions."""
+    def _tensors(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Units, learned multipliers, `_own` and ``noisy`` [m] of all bounds, like z; made once for a step."""
         if self._made is None or self._made[0] is not self._bounds:
-            numbers = (
-                [b.units for b in self._bounds] + [b.learned for b in self._bounds] + list(map(self._own, self._bounds))
-            )
-            self._made = self._bounds, vector(numbers).view(3, -1)
-        units, learned, own = self._made[1].to(z).unbind()
-        return units, learned, own
+            rows = zip(*((b.units, b.learned, self._own(b), b.noisy) for b in self._bounds), strict=True)
+            self._made = self._bounds, vector([x for row in rows for x in row]).view(4, -1)
+        units, learned, own, noisy = self._made[1].to(z).unbind()
+        return units, learned, own, noisy
 
     def _modified(self, b: _Bound, z: float, mu: float) -> Force:
         """The modified barrier of one bound, whose mu in force is ``mu``."""
-        psi, slope = _psi_at(z / mu)
+        psi, slope = _psi_at(z / mu, b.noisy)
         return Force(b.units * (b.learned * slope), b.units * (mu * b.learned * psi), b.units * mu, mu * mu)
 
-    def _coming_down(self, b: _Bound, r: Reading) -> bool:
-        """Take z into its slow average; whether a violation is clearly below it."""
+    def _take(self, b: _Bound, r: Reading) -> bool:
+        """Take a reading in, z into its slow average; whether a violation is clearly below that."""
+        b.noisy = float(r.stderr > 0)
         share = 1 / self.patience
         b.seen = (1 - share) * b.seen + share
         b.average += share / b.seen * (r.z - b.average)
@@ -210,7 +213,7 @@ class _Learner(Rule):
 
     def _learn(self, b: _Bound, r: Reading, mu: float, *, coming: bool) -> None:
         """One damped step of a bound; ``coming``: it is a violation that comes down."""
-        noisy = r.stderr > 0
+        noisy = b.noisy > 0
         near = noisy and abs(r.z) < _NEAR * r.stderr
         restart = b.lasting >= _RESTART * self.patience
         age = 0.0 if restart else b.age
@@ -224,7 +227,7 @@ class _Learner(Rule):
             gain = 1 + share * (b.learned - 1) if b.learned > 1 else 1.0
             move = self.step / (1 + age / self.decay) * gain * drive
         elif self.step == 1:
-            move = b.learned * (_psi_at(r.window_z / mu)[1] - 1)
+            move = b.learned * (_psi_at(r.window_z / mu, b.noisy)[1] - 1)
         else:
             move = self.step * max(b.learned, 1.0) * max(min(r.window_z, 1.0), -1.0)
         b.learned = min(max(b.learned + move, 0.0), _MAX_MULTIPLIER)
@@ -242,9 +245,9 @@ class ModifiedBarrier(_Learner):
               \gamma_t = \gamma_0 / (1 + t/\tau)
 
     continued by a parabola for u > 1/2 (relaxed extrapolation). Needs no schedule. With noise (sigma is the standard
-    deviation of single samples, or 4 standard errors of a window, in units of the scale) the step decays and mu
-    grows with the age t of a bound, :math:`\mu \sqrt{1 + t/\tau}`; ARCHITECTURE.md, "The default rule hands over",
-    has the measurements.
+    deviation of single samples, or 4 standard errors of a window, in units of the scale) it is continued by a line, so
+    that the multiplier at most doubles, the step decays and mu grows with the age t of a bound,
+    :math:`\mu \sqrt{1 + t/\tau}`; ARCHITECTURE.md, "The default rule hands over", has the measurements.
 
     Args:
         mu: The barrier parameter, in units of the scale.
@@ -281,14 +284,14 @@ class ModifiedBarrier(_Learner):
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """mu lambda psi(z/mu) [m]."""
-        units, learned, growth = self._tensors(z)
+        units, learned, growth, noisy = self._tensors(z)
         mu = mu * growth
-        return units * mu * learned * _psi(z / mu)
+        return units * mu * learned * _psi(z / mu, noisy)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """lambda psi'(z/mu) [m]."""
-        units, learned, growth = self._tensors(z)
-        return units * learned * _psi_slope(z / (mu * growth))
+        units, learned, growth, noisy = self._tensors(z)
+        return units * learned * _psi_slope(z / (mu * growth), noisy)
 
     def _step(self, readings: Readings, mu: list[float]) -> None:
         """The damped multiplier step of every measured bound."""
@@ -296,14 +299,14 @@ class ModifiedBarrier(_Learner):
         largest = max(b.units for b in bounds)
         for b, r, own in zip(bounds, readings.each(), mu, strict=True):
             if r.known:
-                coming = self._coming_down(b, r)
+                coming = self._take(b, r)
                 self._search(b, r, largest, coming=coming)
                 self._learn(b, r, own, coming=coming)
         self._bounds = bounds
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The mu that noise has let grow."""
-        units, _, growth = self._tensors(mu)
+        units, _, growth, _ = self._tensors(mu)
         mu = mu * growth
         return units * mu, mu**2
 
@@ -386,15 +389,15 @@ class AdaptiveBarrier(_Learner):
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The penalty [m] of whichever half is in force."""
-        units, learned, own = self._tensors(z)
+        units, learned, own, noisy = self._tensors(z)
         relaxed = partial(self._relaxed.value, z, mu, s)
-        return units * self._mix(lambda: own * learned * _psi(z / own), relaxed, z.device)
+        return units * self._mix(lambda: own * learned * _psi(z / own, noisy), relaxed, z.device)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The multiplier [m] of whichever half is in force."""
-        units, learned, own = self._tensors(z)
+        units, learned, own, noisy = self._tensors(z)
         relaxed = partial(self._relaxed.multiplier, z, mu, s)
-        return units * self._mix(lambda: learned * _psi_slope(z / own), relaxed, z.device)
+        return units * self._mix(lambda: learned * _psi_slope(z / own, noisy), relaxed, z.device)
 
     def _step(self, readings: Readings, mu: list[float]) -> None:
         """Learn where handed over; hand over where mu has stopped."""
@@ -406,7 +409,7 @@ class AdaptiveBarrier(_Learner):
         for b, (r, m) in zip(bounds, given, strict=True):
             if not r.known:
                 continue
-            coming = self._coming_down(b, r)
+            coming = self._take(b, r)
             self._search(b, r, largest, coming=coming)
             b.held = 1.0 if m < 0.999 * b.smallest_seen else b.held + 1
             b.smallest_seen = min(m, b.smallest_seen)
@@ -417,13 +420,13 @@ class AdaptiveBarrier(_Learner):
                 b.frozen_mu = max(m, math.sqrt(r.noise))
                 # The modified barrier goes on with the multiplier that the relaxed one stands at.
                 relaxed = relaxed_force(r.z, b.frozen_mu, b.frozen_mu * b.frozen_mu)
-                slope = _psi_at(r.z / b.frozen_mu)[1]
+                slope = _psi_at(r.z / b.frozen_mu, b.noisy)[1]
                 b.learned = relaxed.multiplier / slope if slope > 0 else 0.0  # 0 where z / mu is no number
         self._bounds = bounds
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The frozen mu, as noise has let it grow, where the bound has been handed over."""
-        units, _, own = self._tensors(mu)
+        units, _, own, _ = self._tensors(mu)
         return (
             units * self._mix(lambda: own, lambda: mu, mu.device),
             self._mix(lambda: own * own, lambda: s, mu.device),
