@@ -35,7 +35,7 @@ class Readings:
     apart takes `each`: for as few as there are bounds numbers are faster, and vectors are made when they are asked for.
 
     Args:
-        z: Violations at the estimate [m], of the bounds as drawn in by the objective's ``confidence``.
+        z: Violations at the estimate [m], of bounds as the objective's ``confidence`` draws them in (`Rule.draws_in`).
         window_z: The same at the mean of the newest window alone [m].
         stderr: Standard errors of the estimate [m]: 0 when exact, 1 when not known yet.
         noise: The same, times the noise floor [m].
@@ -154,6 +154,10 @@ class Rule(ABC):
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The mu and s [m] that the rule really uses, for the report."""
         return mu, s
+
+    def draws_in(self, bound: int) -> bool:
+        """Whether the objective's ``confidence`` draws bound 0 <= ``bound`` < m in, as the rule now stands."""
+        return True
 
     # A step asks these two, which take numbers. A rule has its own only to be faster: for as few as there are bounds,
     # a dozen small tensors cost more than all else in a step.

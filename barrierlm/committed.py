@@ -19,7 +19,7 @@ from .saved import saved_count, saved_tensor
 from .schedules import Schedule
 
 #: Of the states that are saved; 2 has `EMA.typical`.
-_VERSION = 2
+_VERSION = 3
 #: The reading of a bound that was not measured.
 _NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False, math.nan)
 
@@ -119,11 +119,11 @@ class Committed:
                 scale = self.scales.value
                 window_z = self.bounds.violations(window_mean, scale)
                 news = [
-                    Reading(r.z, z + shift, r.stderr, r.noise, True, typical[k] / scale[k])
+                    Reading(r.z + shift, z + shift, r.stderr, r.noise, True, typical[k] / scale[k])
                     if r.known and measured[k]
                     else _NOTHING
                     for r, z, shift, (k, _) in zip(
-                        self._readings, window_z, self._shift, self.bounds.sides, strict=True
+                        self._readings, window_z, self._shifts(), self.bounds.sides, strict=True
                     )
                 ]
                 readings = Readings.of(news)
@@ -186,26 +186,28 @@ class Committed:
             self._refresh()
 
     def _read(self) -> None:
-        """The bounds' readings, drawn in by ``_shift``, and how far from a bound an estimate still counts as at it.
+        """The bounds' readings, their margins, and how far from a bound an estimate still counts as at it.
 
-        ``_z`` are the violations of the bounds as the user gave them. Numbers, not tensors: a commit looks at all of
+        All of the bounds as the user gave them. Numbers, not tensors: a commit looks at all of
         them, and for as few as there are bounds that costs a tenth.
         """
         scale, mean, stderrs = self.scales.value, self.estimator.mean, self.estimator.stderrs()
         self.mean, self.stderr, self._z = mean, [own for own, _ in stderrs], self.bounds.violations(mean, scale)
-        self._shift, self._near, self._readings = [], [], []
+        self._margins, self._near, self._readings = [], [], []
         for (k, _), z in zip(self.bounds.sides, self._z, strict=True):
             own, window = stderrs[k]
             own /= scale[k]
-            known, shift, reading = not math.isnan(window), 0.0, _NOTHING
-            if known:
-                shift = self.confidence * (window / scale[k]) / self._LONG
+            known, reading = not math.isnan(window), _NOTHING
+            self._margins.append(self.confidence * (window / scale[k]) / self._LONG if known else 0.0)
             self._near.append(verdict_tolerance(own))
-            self._shift.append(shift)
             if math.isfinite(z):
                 own = own if known else 1.0  # counts as one scale
-                reading = Reading(z + shift, z + shift, own, self.noise_floor * own, True, math.nan)
+                reading = Reading(z, z, own, self.noise_floor * own, True, math.nan)
             self._readings.append(reading)
+
+    def _shifts(self) -> list[float]:
+        """By how much the rule, as it stands, has each bound drawn in."""
+        return [margin if self.rule.draws_in(i) else 0.0 for i, margin in enumerate(self._margins)]
 
     def _refresh(self) -> None:
         """Multipliers, weights and rows for the next window, from the committed estimates."""
@@ -216,7 +218,8 @@ class Committed:
         else:
             mu, s = [base] * len(noise), [max(x, self.rule.s) for x in noise]
         self.mu, self.s = mu, s
-        forces = self.rule._ask("_forces", [r.z for r in self._readings], mu, s)
+        z = [r.z + shift for r, shift in zip(self._readings, self._shifts(), strict=True)]
+        forces = self.rule._ask("_forces", z, mu, s)
         scale, weights, penalty, multiplier = self.scales.value, [0.0] * len(self.bounds.constraints), 0.0, []
         for i, ((k, side), r, force) in enumerate(zip(self.bounds.sides, self._readings, forces, strict=True)):
             if not r.known:
@@ -225,7 +228,7 @@ class Committed:
             if not math.isfinite(force.multiplier + force.value):
                 raise ValueError(
                     f"{type(self.rule).__name__} has no finite multiplier for {self.bounds.labels[i]} at violation "
-                    f"z={r.z:.4g}, mu={mu[i]:.4g}; allowed: z < 0 for LogBarrier; use RelaxedLogBarrier "
+                    f"z={z[i]:.4g}, mu={mu[i]:.4g}; allowed: z < 0 for LogBarrier; use RelaxedLogBarrier "
                     "(linear extension) or a larger mu"
                 )
             multiplier.append(force.multiplier)

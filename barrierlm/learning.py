@@ -375,6 +375,10 @@ class AdaptiveBarrier(_Learner):
         """Which bounds [m] have been handed over."""
         return self.frozen_mu > 0
 
+    def draws_in(self, bound: int) -> bool:
+        """Where it has been handed over: learned multipliers end on their bound, relaxed ones at a distance from it."""
+        return self._bounds[bound].frozen_mu > 0
+
     def _own(self, b: _Bound) -> float:
         """The frozen mu as noise let it grow; 1 where the bound has not been handed over."""
         return b.frozen_mu * self._growth(b) if b.frozen_mu > 0 else 1.0

@@ -110,8 +110,8 @@ class ObjectiveOptions:
     noise_floor: float = _option(1.0, "s stays above this many standard errors; 0: off", low=0)
     confidence: float | None = _option(
         None,
-        "bounds are drawn in by this many standard errors of a mean over 200 windows (6: 0.4 of one window's); null: "
-        "the rule's own, 0.5 for AdaptiveBarrier, with which it ends on its bounds and half of the estimates outside",
+        "bounds are drawn in by this many standard errors of a mean over 200 windows; null: 6 (0.4 of a window's) for "
+        "ModifiedBarrier and, once it learns, AdaptiveBarrier, as their averages end on the bounds; 0 for the others",
         low=0,
     )
 

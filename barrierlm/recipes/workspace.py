@@ -23,6 +23,9 @@ from .model import Policy, load_policy, precision, quiet_transformers
 from .options import Options
 from .rollout import Rollout, sample_responses
 
+#: `objective.confidence` of the rules that learn on a barrier.
+_CONFIDENCE = 6.0
+
 
 @dataclass
 class Workspace:
@@ -113,6 +116,8 @@ def build_objective(options: Options) -> BarrierObjective | None:
     # The task loss is a token's NLL, which a bound moves by a few percent; the rules' own unit is 1.
     learns = given.rule in (AdaptiveBarrier.__name__, ModifiedBarrier.__name__)
     rule_options = {"unit": given.unit} | given.rule_options if learns else given.rule_options
+    # A run of the recipe has few responses and few windows, so half of its last estimates would be outside.
+    confidence = _CONFIDENCE if learns and given.confidence is None else given.confidence
     return BarrierObjective(
         None,
         [Constraint(name, lower=c.lower, upper=c.upper, scale=c.scale) for name, c in options.constraints.items()],
@@ -120,7 +125,7 @@ def build_objective(options: Options) -> BarrierObjective | None:
         schedule=_part("schedule", given.schedule, given.schedule_options, Schedule),
         estimator=_part("estimator", given.estimator, given.estimator_options, EMA),
         noise_floor=given.noise_floor,
-        confidence=given.confidence,
+        confidence=confidence,
         nonfinite="skip" if options.costs.on_error == "skip" else "raise",
     )
 

@@ -26,8 +26,8 @@ ABOUT = {
     MM: "min-max Lagrangian training, `DualAscent`: its default step of 0.05, times the unit",
     AUGMENTED: "`AugmentedLagrangian`: its default penalty of 1, times the unit",
     L3M: "the paper's formula, `RelaxedLogBarrier` with s = μ², μ from 1 to 0.01 over the run, no noise floor",
-    DEFAULT: "`AdaptiveBarrier`, the recipe's default, its `unit` the recipe's 0.06",
-    MODIFIED: "`ModifiedBarrier`, its `unit` the recipe's 0.06",
+    DEFAULT: "`AdaptiveBarrier`, the recipe's default; its `unit` the recipe's 0.06, bounds drawn in once it learns",
+    MODIFIED: "`ModifiedBarrier`; its `unit` the recipe's 0.06, bounds drawn in as well",
 }
 
 

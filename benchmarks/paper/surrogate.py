@@ -40,7 +40,7 @@ _COMPARED = (
     ("MM", MM, ()),
     ("MM, confidence 6", MM, ("objective.confidence=6",)),
     ("default", DEFAULT, ()),
-    ("default, confidence 6", DEFAULT, ("objective.confidence=6",)),
+    ("default, confidence 0.5", DEFAULT, ("objective.confidence=0.5",)),
 )
 
 

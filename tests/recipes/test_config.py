@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from barrierlm import AdaptiveBarrier
 from barrierlm.recipes.config import CONFIGS, ConfigError, load_options, option_table, to_yaml
 from barrierlm.recipes.options import ObjectiveOptions, Options
 from barrierlm.recipes.workspace import build_objective
@@ -51,14 +50,15 @@ def test_rules_that_learn_take_the_unit():
 @pytest.mark.parametrize(
     ("overrides", "drawn_in"),
     [
-        ([], AdaptiveBarrier.confidence),
-        (["objective.confidence=6"], 6.0),
+        ([], 6.0),
+        (["objective.rule=ModifiedBarrier"], 6.0),
+        (["objective.confidence=0.5"], 0.5),
         (["objective.confidence=0"], 0.0),
         (["objective.rule=RelaxedLogBarrier"], 0.0),
         (["objective.rule=DualAscent", "objective.confidence=6"], 6.0),
     ],
 )
-def test_confidence_is_the_rules_own_until_one_is_given(overrides: list[str], drawn_in: float):
+def test_bounds_of_rules_that_learn_are_drawn_in_by_more_until_one_is_given(overrides: list[str], drawn_in: float):
     assert build_objective(load_options(None, ["constraints.length.upper=5", *overrides])).confidence == drawn_in
 
 
