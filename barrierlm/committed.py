@@ -55,6 +55,8 @@ class Committed:
 
     #: Bounds are drawn in by standard errors of an average over 200 windows; a window's over this.
     _LONG = math.sqrt(200)
+    #: Of a window's width, the most that either of its bounds is drawn in by, so that half of it is left.
+    _LARGEST_MARGIN = 0.25
 
     def __init__(
         self,
@@ -198,7 +200,8 @@ class Committed:
             own, window = stderrs[k]
             own /= scale[k]
             known, reading = not math.isnan(window), _NOTHING
-            self._margins.append(self.confidence * (window / scale[k]) / self._LONG if known else 0.0)
+            margin = min(self.confidence * window / self._LONG, self._LARGEST_MARGIN * self.bounds.widths[k])
+            self._margins.append(margin / scale[k] if known else 0.0)
             self._near.append(verdict_tolerance(own))
             if math.isfinite(z):
                 own = own if known else 1.0  # counts as one scale

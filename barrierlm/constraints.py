@@ -100,6 +100,8 @@ class Bounds:
             )
         self.names = tuple(names)
         self.sides = tuple((k, side) for k, c in enumerate(self.constraints) for side in c.sides)
+        #: Of each constraint; infinite with one bound.
+        self.widths = [math.inf if c.lower is None or c.upper is None else c.upper - c.lower for c in self.constraints]
         self.index = torch.tensor([k for k, _ in self.sides], dtype=torch.long)
         self.sign = torch.tensor([1.0 if s == "upper" else -1.0 for _, s in self.sides], dtype=torch.float64)
         self.values = tuple(getattr(self.constraints[k], s) for k, s in self.sides)

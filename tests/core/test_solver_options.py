@@ -55,6 +55,58 @@ def test_confidence_draws_the_bound_in_for_the_rule_and_not_for_the_report():
         assert drawn_in.multiplier == pytest.approx(0.1 / ((distance - shift) / 0.5))
 
 
+def test_half_of_a_window_is_left():
+    """Noise wider than the window would draw its bounds past each other; a single bound has no such limit."""
+    multipliers = []
+    for bounds in ({"lower": -1.0, "upper": 1.0}, {"upper": 1.0}):
+        objective = BarrierObjective(
+            None,
+            [Constraint("c", **bounds, scale=2.0)],
+            rule=RelaxedLogBarrier(),
+            schedule=ConstantSchedule(0.1),
+            estimator=BatchMean(),
+            noise_floor=0.0,
+            confidence=10.0,
+        )
+        objective.combine(None, measured([-5.0, 5.0, -5.0, 5.0]))
+        objective.step()
+        multipliers.append([row.multiplier for row in objective.report()])
+    margin = 10.0 * torch.tensor([-5.0, 5.0, -5.0, 5.0], dtype=F64).std().item() / (4**0.5 * 200**0.5)
+    assert margin > 1
+    assert multipliers[0] == pytest.approx([0.1 / ((1.0 - 2.0 / 4) / 2)] * 2)
+    z, s = (margin - 1) / 2, 0.1**2
+    assert z > -s
+    assert multipliers[1] == pytest.approx(
+        [RelaxedLogBarrier().multiplier(*torch.tensor([[z], [0.1], [s]], dtype=F64)).item()]
+    )
+
+
+@pytest.mark.parametrize("rule", [ModifiedBarrier, AdaptiveBarrier])
+def test_an_adaptive_bound_is_drawn_in_once_it_learns(rule):
+    """A relaxed barrier keeps a distance from its bound; a learned multiplier, saved and loaded or not, ends on it."""
+
+    def run(confidence, windows, state=None):
+        objective = BarrierObjective(
+            None, [Constraint("c", upper=-0.15, scale=1.0)], rule=rule(), estimator=BatchMean(), confidence=confidence
+        )
+        if state is not None:
+            objective.load_state_dict(state)
+        for _ in range(windows):
+            objective.combine(None, measured([0.2, -0.4, 0.1, -0.7]))
+            objective.step()
+        return objective, objective.report()[0].multiplier
+
+    early = [run(confidence, 2)[1] for confidence in (0.0, 6.0)]
+    assert (early[0] == early[1]) == (rule is AdaptiveBarrier)
+    late = run(6.0, 60)[1]
+    assert late > 1.05 * run(0.0, 60)[1]
+    for windows in (20, 21, 22, 23, 30):  # around the hand-over
+        before, multiplier = run(6.0, windows)
+        resumed, after = run(6.0, 0, before.state_dict())
+        assert after == multiplier
+        assert run(6.0, 60 - windows, resumed.state_dict())[1] == late
+
+
 @pytest.mark.parametrize("rule", [RelaxedLogBarrier, ModifiedBarrier, DualAscent, AugmentedLagrangian, AdaptiveBarrier])
 def test_exact_values_are_not_drawn_in(rule):
     multipliers = []
