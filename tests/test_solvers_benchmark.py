@@ -223,6 +223,31 @@ def test_the_command_writes_json_page_and_pictures(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
+def test_methods_that_have_not_changed_are_kept_from_an_earlier_result(tmp_path):
+    def run(method, seeds, *options):
+        cache = tmp_path / f"{method}.jsonl"
+        tasks = [Task("gibbs", method, report.default_of(method), seed, 4) for seed in range(seeds)]
+        cache.write_text("".join(json.dumps(execute(task)) + "\n" for task in tasks), encoding="utf-8")
+        given = ["run", "--problems", "gibbs", "--methods", method, "--settings", "default", "--steps", "4"]
+        out = tmp_path / method
+        assert main([*given, "--seeds", str(seeds), "--cache", str(cache), "--out", str(out), *options]) == 0
+        (path,) = out.glob("solvers-*.json")
+        return path
+
+    earlier = run("DualAscent", 2)
+    document = json.loads(earlier.read_text(encoding="utf-8"))
+    document["revision"]["commit"] = "0123456789abcdef"
+    earlier.write_text(json.dumps(document), encoding="utf-8")
+    path = run("AdaptiveBarrier", 2, "--keep", str(earlier))
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows] == ["AdaptiveBarrier", "DualAscent"]
+    assert rows[1] == {"revision": "0123456789abcdef"} | document["rows"][0]
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "Kept from revision 0123456789ab: DualAscent.\n" in page
+    with pytest.raises(ValueError, match=r"keep: a result with settings .*'seeds': 2.*allowed: .*'seeds': 1"):
+        run("AdaptiveBarrier", 1, "--keep", str(earlier))
+
+
 def test_the_oracle_and_its_frontier():
     of = problem("gibbs")
     for shift in (0.0, 0.03):

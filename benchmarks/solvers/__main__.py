@@ -37,6 +37,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "solvers.jsonl")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="RESULT",
+        help="run: rows of methods that are not named, from an earlier result; they keep its revision",
+    )
     arguments = parser.parse_args(argv)
     if arguments.seeds is None:
         arguments.seeds = _SEEDS[arguments.command]
@@ -76,8 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         for path in sorted(arguments.out.glob("solvers*.json")):
             print(report.write(json.loads(path.read_text(encoding="utf-8")), arguments.out))
         return 0
-    rows = _collect(_tasks(arguments), arguments.cache, arguments.processes)
-    whole = arguments.problems == list(PROBLEMS) and arguments.methods == list(METHODS)
+    kept = json.loads(arguments.keep.read_text(encoding="utf-8")) if arguments.keep else {"rows": []}
+    methods = {*arguments.methods, *(row["method"] for row in kept["rows"])}
+    whole = arguments.problems == list(PROBLEMS) and methods == set(METHODS)
     settings = {
         "steps": arguments.steps,
         "seeds": arguments.seeds,
@@ -89,12 +96,17 @@ def main(argv: list[str] | None = None) -> int:
     }
     typed = shlex.join(sys.argv[1:] if argv is None else argv)
     command = f"python -m benchmarks.solvers {typed}".rstrip()
+    if arguments.keep:  # what does not fit is told before anything runs
+        report.with_kept(report.new_document(report.SUITE, [], settings, command), kept)
+    rows = _collect(_tasks(arguments), arguments.cache, arguments.processes)
     if arguments.command == "oracle":
         document = report.new_document(report.ORACLE_SUITE, oracle.summary(rows), settings, command)
     elif arguments.command == "units":
         document = report.new_document(report.UNITS_SUITE, units.summary(rows), settings, command)
     else:
         document = report.new_document(report.SUITE, report.averages(rows), settings, command)
+        if arguments.keep:
+            document = report.with_kept(document, kept)
     print(save(document, arguments.out))
     print(report.write(document, arguments.out))
     return 0

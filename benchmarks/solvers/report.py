@@ -16,7 +16,7 @@ from ..environment import versions as environment_versions
 from ..output import LAYOUT, path_of, stamp
 from ..tables import markdown_table, number
 from .methods import METHODS
-from .problems import problem
+from .problems import PROBLEMS, problem
 from .run import Row, reference_multipliers, versions
 
 SUITE, ORACLE_SUITE, UNITS_SUITE = "solvers", "solvers-oracle", "solvers-units"
@@ -93,6 +93,32 @@ def new_document(suite: str, rows: list[Row], settings: Row, command: str) -> di
         "complete": True,
         "rows": rows,
     }
+
+
+def with_kept(document: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """The document with the rows of other methods in an earlier one, which say what revision they are of.
+
+    Raises:
+        ValueError: They were made with other steps, seeds, versions or hardware.
+    """
+    for key in ("settings", "versions", "hardware"):
+        if document[key] != kept[key]:
+            raise ValueError(f"keep: a result with {key} {kept[key]}; allowed: {document[key]}")
+    own = {row["method"] for row in document["rows"]}
+    others = [{"revision": kept["revision"]["commit"]} | row for row in kept["rows"] if row["method"] not in own]
+    problems, methods = list(PROBLEMS), list(METHODS)
+    rows = [*document["rows"], *others]
+    rows.sort(key=lambda row: (problems.index(row["problem"]), methods.index(row["method"])))
+    return document | {"rows": rows}
+
+
+def _kept(rows: list[Row]) -> str:
+    """Which methods' rows were made earlier, and when."""
+    revisions: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if "revision" in row:
+            revisions.setdefault(row["revision"][:12], {})[row["method"]] = None
+    return " ".join(f"Kept from revision {commit}: {', '.join(methods)}." for commit, methods in revisions.items())
 
 
 def defaults(rows: list[Row]) -> list[Row]:
@@ -218,7 +244,7 @@ def markdown(document: dict[str, Any], pictures: dict[str, str]) -> str:
     """The page of a result; ``pictures`` are file names by problem, and under "profile"."""
     rows, settings = document["rows"], document["settings"]
     parts = ["# Rules for constraints under sampling noise", stamp(document), READING.rstrip()]
-    parts.append(f"{settings['steps']} steps, {settings['seeds']} seeds.")
+    parts.append(f"{settings['steps']} steps, {settings['seeds']} seeds. {_kept(rows)}".rstrip())
     parts += [summary_table(rows), losses(rows), not_run(rows)]
     if "profile" in pictures:
         parts.append(
