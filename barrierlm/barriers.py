@@ -156,7 +156,10 @@ class Rule(ABC):
         return mu, s
 
     def draws_in(self, bound: int) -> bool:
-        """Whether the objective's ``confidence`` draws bound 0 <= ``bound`` < m in, as the rule now stands."""
+        """Whether the objective's ``confidence`` draws bound 0 <= ``bound`` < m in, as the rule now stands.
+
+        A rule that wraps another one forwards this, too.
+        """
         return True
 
     # A step asks these two, which take numbers. A rule has its own only to be faster: for as few as there are bounds,

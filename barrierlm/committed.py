@@ -18,7 +18,7 @@ from .positions import PositionBaseline
 from .saved import saved_count, saved_tensor
 from .schedules import Schedule
 
-#: Of the states that are saved; 2 has `EMA.typical`.
+#: Of the states that are saved; 3 has ``noisy`` of learned bounds.
 _VERSION = 3
 #: The reading of a bound that was not measured.
 _NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False, math.nan)

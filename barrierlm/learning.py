@@ -15,7 +15,7 @@ from torch import Tensor
 from .barriers import Force, Reading, Readings, RelaxedLogBarrier, Rule, relaxed_force
 from .estimators import vector
 
-#: Where the modified barrier's log is continued, as a share of mu: by a line for noisy bounds, else by a parabola.
+#: Where the modified barrier's log is continued by a parabola, as a share of mu.
 _BETA = 0.5
 #: Learned multipliers stay below this, so that bounds that cannot be met do not end in infinities.
 _MAX_MULTIPLIER = 1e4
@@ -34,23 +34,23 @@ _NARROWEST, _WIDEST = 0.25, 10.0
 _FAR_STEP, _GROWTH = 0.3, 0.2
 
 
-def _psi(u: Tensor, noisy: Tensor) -> Tensor:
-    """-log(1 - u) for u <= beta, then what matches value and slope: a parabola, or a line where ``noisy``."""
+def _psi(u: Tensor, curvature: Tensor) -> Tensor:
+    """-log(1 - u) for u <= beta, then a parabola of the same value and slope, and of this share of the curvature."""
     beyond = (u - _BETA).relu() / (1 - _BETA)
-    return beyond + (noisy == 0) * beyond * beyond / 2 - torch.log1p(-u.clamp(max=_BETA))
+    return beyond + curvature * beyond * beyond / 2 - torch.log1p(-u.clamp(max=_BETA))
 
 
-def _psi_slope(u: Tensor, noisy: Tensor) -> Tensor:
+def _psi_slope(u: Tensor, curvature: Tensor) -> Tensor:
     """The derivative of `_psi`; 1 at u = 0."""
-    return (1 - u.clamp(max=_BETA)).reciprocal() + (noisy == 0) * (u - _BETA).relu() / (1 - _BETA) ** 2
+    return (1 - u.clamp(max=_BETA)).reciprocal() + curvature * (u - _BETA).relu() / (1 - _BETA) ** 2
 
 
-def _psi_at(u: float, noisy: float) -> tuple[float, float]:
+def _psi_at(u: float, curvature: float) -> tuple[float, float]:
     """`_psi` and `_psi_slope` of numbers."""
     if u <= _BETA:
         return -math.log1p(-u), 1 / (1 - u)
-    beyond, curved = (u - _BETA) / (1 - _BETA), noisy == 0
-    return beyond + curved * beyond * beyond / 2 - math.log1p(-_BETA), (1 + curved * beyond) / (1 - _BETA)
+    beyond = (u - _BETA) / (1 - _BETA)
+    return beyond + curvature * beyond * beyond / 2 - math.log1p(-_BETA), (1 + curvature * beyond) / (1 - _BETA)
 
 
 @dataclass(slots=True)
@@ -108,16 +108,17 @@ class _Learner(Rule):
       which a policy that has collapsed never undoes. Otherwise a step counts at most 0.3 of it.
     - g = max(1, lambda), so that large multipliers learn in proportion, but a fifth of that for violations that do not
       come down: they may not be able to. Within 3 standard errors of the bound none of these limits hold.
-    - Beyond half of mu the log goes on as a line, so the multiplier in force is at most twice the learned one. On a
-      parabola it is twelve times that at 3 mu, where late estimates and an optimizer with momentum take a swing.
+    - The parabola beyond half of mu has no curvature at first, so the multiplier in force is at most twice the learned
+      one; else it is twelve times that at 3 mu, where late estimates and momentum take a swing. While a violation lasts
+      the curvature comes, all of it within `patience` windows: learning alone would take too long.
     - A violation that has lasted for 5 `patience` windows without coming down starts the age over.
 
     ``unit="auto"`` looks for the unit of each bound: from 0.01 it grows by a tenth a window, to at most 1,000, while
     the bound is violated by 2 standard errors and does not come down by 2 (and a tenth). The first time that it is met
     after that, its unit is found.
 
-    Exact bounds take :math:`g = \max(1, \hat\lambda)`, the full step and the parabola: there is nothing to average, and
-    its curvature is what holds two bounds that cannot be met together. A step of 1 is
+    Exact bounds take :math:`g = \max(1, \hat\lambda)`, the full step and the whole curvature: there is nothing to
+    average, and it is what holds two bounds that cannot be met together. A step of 1 is
     the classical update, :math:`\hat\lambda \psi'(z/\mu)`, for solved inner problems; anywhere else it overshoots
     from an infeasible start, and cannot grow back from nearly 0 after that.
     """
@@ -179,21 +180,25 @@ class _Learner(Rule):
         return self._growth(b)
 
     def _tensors(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Units, learned multipliers, `_own` and ``noisy`` [m] of all bounds, like z; made once for a step."""
+        """Units, learned multipliers, `_own` and `_curvature` [m] of all bounds, like z; made once for a step."""
         if self._made is None or self._made[0] is not self._bounds:
-            rows = zip(*((b.units, b.learned, self._own(b), b.noisy) for b in self._bounds), strict=True)
+            rows = zip(*((b.units, b.learned, self._own(b), self._curvature(b)) for b in self._bounds), strict=True)
             self._made = self._bounds, vector([x for row in rows for x in row]).view(4, -1)
-        units, learned, own, noisy = self._made[1].to(z).unbind()
-        return units, learned, own, noisy
+        units, learned, own, curvature = self._made[1].to(z).unbind()
+        return units, learned, own, curvature
+
+    def _curvature(self, b: _Bound) -> float:
+        """The share of the parabola's curvature: all of it for exact bounds, else as long as a violation has lasted."""
+        return min(1.0, b.lasting / self.patience) if b.noisy > 0 else 1.0
 
     def _modified(self, b: _Bound, z: float, mu: float) -> Force:
         """The modified barrier of one bound, whose mu in force is ``mu``."""
-        psi, slope = _psi_at(z / mu, b.noisy)
+        psi, slope = _psi_at(z / mu, self._curvature(b))
         return Force(b.units * (b.learned * slope), b.units * (mu * b.learned * psi), b.units * mu, mu * mu)
 
     def _take(self, b: _Bound, r: Reading) -> bool:
         """Take a reading in, z into its slow average; whether a violation is clearly below that."""
-        b.noisy = float(r.stderr > 0)
+        b.noisy = max(b.noisy, float(r.stderr > 0))  # samples that are all equal do not make a bound exact
         share = 1 / self.patience
         b.seen = (1 - share) * b.seen + share
         b.average += share / b.seen * (r.z - b.average)
@@ -213,7 +218,7 @@ class _Learner(Rule):
 
     def _learn(self, b: _Bound, r: Reading, mu: float, *, coming: bool) -> None:
         """One damped step of a bound; ``coming``: it is a violation that comes down."""
-        noisy = b.noisy > 0
+        noisy = r.stderr > 0
         near = noisy and abs(r.z) < _NEAR * r.stderr
         restart = b.lasting >= _RESTART * self.patience
         age = 0.0 if restart else b.age
@@ -227,7 +232,7 @@ class _Learner(Rule):
             gain = 1 + share * (b.learned - 1) if b.learned > 1 else 1.0
             move = self.step / (1 + age / self.decay) * gain * drive
         elif self.step == 1:
-            move = b.learned * (_psi_at(r.window_z / mu, b.noisy)[1] - 1)
+            move = b.learned * (_psi_at(r.window_z / mu, 1.0)[1] - 1)
         else:
             move = self.step * max(b.learned, 1.0) * max(min(r.window_z, 1.0), -1.0)
         b.learned = min(max(b.learned + move, 0.0), _MAX_MULTIPLIER)
@@ -245,8 +250,8 @@ class ModifiedBarrier(_Learner):
               \gamma_t = \gamma_0 / (1 + t/\tau)
 
     continued by a parabola for u > 1/2 (relaxed extrapolation). Needs no schedule. With noise (sigma is the standard
-    deviation of single samples, or 4 standard errors of a window, in units of the scale) it is continued by a line, so
-    that the multiplier at most doubles, the step decays and mu grows with the age t of a bound,
+    deviation of single samples, or 4 standard errors of a window, in units of the scale) it is continued by a line,
+    which bends while a violation lasts, the step decays and mu grows with the age t of a bound,
     :math:`\mu \sqrt{1 + t/\tau}`; ARCHITECTURE.md, "The default rule hands over", has the measurements.
 
     Args:
@@ -284,14 +289,14 @@ class ModifiedBarrier(_Learner):
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """mu lambda psi(z/mu) [m]."""
-        units, learned, growth, noisy = self._tensors(z)
+        units, learned, growth, curvature = self._tensors(z)
         mu = mu * growth
-        return units * mu * learned * _psi(z / mu, noisy)
+        return units * mu * learned * _psi(z / mu, curvature)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """lambda psi'(z/mu) [m]."""
-        units, learned, growth, noisy = self._tensors(z)
-        return units * learned * _psi_slope(z / (mu * growth), noisy)
+        units, learned, growth, curvature = self._tensors(z)
+        return units * learned * _psi_slope(z / (mu * growth), curvature)
 
     def _step(self, readings: Readings, mu: list[float]) -> None:
         """The damped multiplier step of every measured bound."""
@@ -325,7 +330,7 @@ class AdaptiveBarrier(_Learner):
     ``smallest_mu``, when a sampled bound has not seen it fall for `patience` windows, or when an exact one's violation
     does not come down (its multiplier, at most mu/s, is too small), the bound keeps its mu and becomes a
     `ModifiedBarrier` that starts from the multiplier then in force, which therefore does not
-    jump. It has no horizon.
+    jump but by what the objective's ``confidence`` then draws the bound in. It has no horizon.
 
     Args:
         smallest_mu: mu at which tightening ends even without noise, > 0.
@@ -393,15 +398,15 @@ class AdaptiveBarrier(_Learner):
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The penalty [m] of whichever half is in force."""
-        units, learned, own, noisy = self._tensors(z)
+        units, learned, own, curvature = self._tensors(z)
         relaxed = partial(self._relaxed.value, z, mu, s)
-        return units * self._mix(lambda: own * learned * _psi(z / own, noisy), relaxed, z.device)
+        return units * self._mix(lambda: own * learned * _psi(z / own, curvature), relaxed, z.device)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The multiplier [m] of whichever half is in force."""
-        units, learned, own, noisy = self._tensors(z)
+        units, learned, own, curvature = self._tensors(z)
         relaxed = partial(self._relaxed.multiplier, z, mu, s)
-        return units * self._mix(lambda: learned * _psi_slope(z / own, noisy), relaxed, z.device)
+        return units * self._mix(lambda: learned * _psi_slope(z / own, curvature), relaxed, z.device)
 
     def _step(self, readings: Readings, mu: list[float]) -> None:
         """Learn where handed over; hand over where mu has stopped."""
@@ -424,7 +429,7 @@ class AdaptiveBarrier(_Learner):
                 b.frozen_mu = max(m, math.sqrt(r.noise))
                 # The modified barrier goes on with the multiplier that the relaxed one stands at.
                 relaxed = relaxed_force(r.z, b.frozen_mu, b.frozen_mu * b.frozen_mu)
-                slope = _psi_at(r.z / b.frozen_mu, b.noisy)[1]
+                slope = _psi_at(r.z / b.frozen_mu, self._curvature(b))[1]
                 b.learned = relaxed.multiplier / slope if slope > 0 else 0.0  # 0 where z / mu is no number
         self._bounds = bounds
 

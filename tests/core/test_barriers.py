@@ -107,21 +107,24 @@ def test_modified_is_the_formula(mu, u, learned):
 
 
 @pytest.mark.parametrize("make_rule", [ModifiedBarrier, AdaptiveBarrier])
-@given(mu=mus, u=st.floats(-50, 50), learned=st.floats(1e-3, 1e3))
-def test_noisy_bounds_go_on_along_the_tangent(make_rule, mu, u, learned):
-    """Beyond half of mu; a bound that has become exact is on the parabola again."""
+@given(mu=mus, u=st.floats(-50, 50), learned=st.floats(1e-3, 1e3), lasts=st.integers(0, 30))
+def test_noisy_bounds_go_on_along_the_tangent_and_bend_while_a_violation_lasts(make_rule, mu, u, learned, lasts):
+    """Beyond half of mu, between the tangent there and the parabola; samples that are all equal change nothing."""
     rule, one, z = make_rule(), torch.ones(1, dtype=F64), u * mu
-    tangent_at, tangent = oracle.modified(mu / 2, mu, learned)
-    expected = (tangent_at + tangent * (z - mu / 2), tangent) if u > 0.5 else oracle.modified(z, mu, learned)
+    parabola, (at_half, tangent) = oracle.modified(z, mu, learned), oracle.modified(mu / 2, mu, learned)
+    line = (at_half + tangent * (z - mu / 2), tangent) if u > 0.5 else parabola
     rule.start(1)
-    for noise, (value, slope) in [(0.01, expected), (0.0, oracle.modified(z, mu, learned))]:
-        rule.update(readings(0.2, noise=noise), one, one)
-        rule.learned, rule.age = torch.tensor([learned], dtype=F64), torch.zeros(1, dtype=F64)
-        if isinstance(rule, AdaptiveBarrier):
-            rule.frozen_mu = torch.tensor([mu], dtype=F64)
-        found = at(rule, z, mu, 1.0)
-        assert found[0] == pytest.approx(value, rel=1e-9, abs=1e-12 * mu * learned)
-        assert found[1:] == pytest.approx((slope, slope), rel=1e-9)
+    rule.update(readings(-0.2, noise=0.01), one, one)
+    for k in range(lasts):
+        rule.update(readings(0.2, noise=0.01 * (k % 2)), one, one)
+    rule.learned, rule.age = torch.tensor([learned], dtype=F64), torch.zeros(1, dtype=F64)
+    if isinstance(rule, AdaptiveBarrier):
+        rule.frozen_mu = torch.tensor([mu], dtype=F64)
+    share = min(lasts / rule.patience, 1)
+    value, slope = (a + share * (b - a) for a, b in zip(line, parabola, strict=True))
+    found = at(rule, z, mu, 1.0)
+    assert found[0] == pytest.approx(value, rel=1e-9, abs=1e-11 * mu * learned)
+    assert found[1:] == pytest.approx((slope, slope), rel=1e-9)
 
 
 def test_relaxed_has_finite_gradients_everywhere():

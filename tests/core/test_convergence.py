@@ -262,3 +262,23 @@ def test_methods_under_noise_in_order():
     assert results["default"][0] < 0.25 * results["relaxed"][0]
     assert results["default"][1] < results["relaxed"][1]
     assert results["dual"][0] < 0.02
+
+
+@pytest.mark.parametrize("rule", [ModifiedBarrier, AdaptiveBarrier])
+@pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adam"])
+def test_a_large_true_multiplier_does_not_run_away_while_it_is_learned(rule, adam):
+    """min -10 x, E[x + noise] <= 0: without any curvature x comes to 3.6 to 11 before the multiplier is."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.tensor([-1.0], dtype=F64, requires_grad=True)
+    objective = BarrierObjective(None, [Constraint("c", upper=0.0, scale=1.0)], rule=rule())
+    optimizer = torch.optim.Adam([x], lr=0.02) if adam else torch.optim.SGD([x], lr=0.01)
+    path = []
+    for _ in range(600):
+        out = objective.combine(-10 * x.sum(), {"c": x + torch.randn(16, generator=generator, dtype=F64)})
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        objective.step()
+        path.append(x.item())
+    assert max(path) < 2
+    assert abs(sum(path[-150:]) / 150) < 0.5

@@ -218,6 +218,35 @@ def test_a_state_that_lacks_something_is_refused():
         objective.load_state_dict({"version": 3})
 
 
+class Recorder(AdaptiveBarrier):
+    """Keeps what it was told last."""
+
+    def _update_numbers(self, readings, mu, s):
+        self.told = readings.each()
+        super()._update_numbers(readings, mu, s)
+
+
+def test_each_bound_has_its_own_margin_and_a_rule_is_told_drawn_in_violations():
+    """Of four bounds the second and the third are learned; margins are by constraint, a quarter of a width at most."""
+    rule, values = Recorder(), torch.tensor([0.0, 2.0, 0.0, 2.0], dtype=F64)
+    constraints = [
+        Constraint("wide", lower=-9.0, upper=9.0, scale=2.0),
+        Constraint("narrow", lower=0.5, upper=1.5, scale=2.0),
+    ]
+    objective = BarrierObjective(None, constraints, rule=rule, estimator=BatchMean(), confidence=6.5)
+    for learned in ([0.0] * 4, [0.0, 0.5, 0.5, 0.0]):
+        rule.frozen_mu = torch.tensor(learned, dtype=F64)
+        objective.measure({"wide": Sampled(values), "narrow": Sampled(values)})
+        objective.step()
+    margin = 6.5 * values.std().item() / (4**0.5 * 200**0.5) / 2
+    assert margin > 0.25 / 2
+    shifts = [0.0, margin, 0.25 / 2, 0.0]
+    z = [(-9.0 - 1) / 2, (1 - 9.0) / 2, (0.5 - 1) / 2, (1 - 1.5) / 2]
+    drawn_in = [pytest.approx(a + b) for a, b in zip(z, shifts, strict=True)]
+    assert [r.z for r in rule.told] == drawn_in
+    assert [r.window_z for r in rule.told] == drawn_in
+
+
 # ---- the adaptive schedule ------------------------------------------------------------------------------------------
 
 
