@@ -125,7 +125,7 @@ class Committed:
                     if r.known and measured[k]
                     else _NOTHING
                     for r, z, shift, (k, _) in zip(
-                        self._readings, window_z, self._shifts(), self.bounds.sides, strict=True
+                        self._readings, window_z, self.shifts(), self.bounds.sides, strict=True
                     )
                 ]
                 readings = Readings.of(news)
@@ -208,7 +208,7 @@ class Committed:
                 reading = Reading(z, z, own, self.noise_floor * own, True, math.nan)
             self._readings.append(reading)
 
-    def _shifts(self) -> list[float]:
+    def shifts(self) -> list[float]:
         """By how much the rule, as it stands, has each bound drawn in."""
         return [margin if self.rule.draws_in(i) else 0.0 for i, margin in enumerate(self._margins)]
 
@@ -221,7 +221,7 @@ class Committed:
         else:
             mu, s = [base] * len(noise), [max(x, self.rule.s) for x in noise]
         self.mu, self.s = mu, s
-        z = [r.z + shift for r, shift in zip(self._readings, self._shifts(), strict=True)]
+        z = [r.z + shift for r, shift in zip(self._readings, self.shifts(), strict=True)]
         forces = self.rule._ask("_forces", z, mu, s)
         scale, weights, penalty, multiplier = self.scales.value, [0.0] * len(self.bounds.constraints), 0.0, []
         for i, ((k, side), r, force) in enumerate(zip(self.bounds.sides, self._readings, forces, strict=True)):

@@ -60,7 +60,8 @@ class BarrierObjective:
         estimator: `EMA` (default, smoothing 0.1) or `BatchMean`.
         noise_floor: s stays above this many standard errors, and mu above its root; 0 switches it off.
         confidence: Draws sampled bounds in by this many standard errors of a mean over 200 windows, so that their
-            averages stay within them for more of the time, but by no more than a quarter of a window's width.
+            averages stay within them for more of the time, but by no more than a quarter of the width where one
+            `Constraint` has both bounds (two constraints on one quantity know nothing of each other).
             `AdaptiveBarrier` has it where it learns; reports keep to the bounds as given. Default: the rule's own, 0.5
             for rules that learn multipliers on a barrier and 0 for the others.
         normalize: Divide the loss by 1 + sum of the multipliers, so that a large one does not make large gradients.

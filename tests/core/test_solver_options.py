@@ -247,6 +247,28 @@ def test_each_bound_has_its_own_margin_and_a_rule_is_told_drawn_in_violations():
     assert [r.window_z for r in rule.told] == drawn_in
 
 
+def test_the_barrier_of_a_call_is_drawn_in_as_the_committed_one_is():
+    values = torch.tensor([0.0, 2.0, 0.0, 2.0], dtype=F64, requires_grad=True)
+    penalties = {}
+    for multiplier in ("committed", "current"):
+        for confidence in (0.0, 3.0):
+            objective = BarrierObjective(
+                None,
+                [Constraint("c", upper=1.2, scale=2.0)],
+                rule=ModifiedBarrier(),
+                estimator=BatchMean(),
+                confidence=confidence,
+                multiplier=multiplier,
+            )
+            for _ in range(2):
+                penalties[multiplier, confidence] = objective(measurements={"c": values}).penalty.item()
+                objective.step()
+    # The second call's values are those of the window that the committed penalty is of.
+    assert penalties["current", 3.0] == pytest.approx(penalties["committed", 3.0], rel=1e-6)
+    assert penalties["current", 0.0] == pytest.approx(penalties["committed", 0.0], rel=1e-6)
+    assert penalties["current", 3.0] > penalties["current", 0.0] + 0.01
+
+
 # ---- the adaptive schedule ------------------------------------------------------------------------------------------
 
 
