@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -229,17 +230,26 @@ class Policy(nn.Module):
 def precision(dtype: str, device: torch.device) -> str:
     """``dtype``, and of "auto" what it stands for on the device.
 
-    A processor without bfloat16 multiplies it in software: 70 times slower than float32 on an AVX2 one.
+    A processor without bfloat16 multiplies it in software: 4 times slower than float32 with AVX-512, 70 with AVX2.
     """
     if dtype != "auto":
         return dtype
     native = True
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":  # a build without oneDNN lacks the question
-        ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-        native = ask is not None and ask()
+    elif device.type == "cpu":
+        native = _processor_has_bfloat16()
     return "bfloat16" if native else "float32"
+
+
+def _processor_has_bfloat16() -> bool:
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # a build without oneDNN lacks the question
+    if ask is None or not ask():
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    # To oneDNN every AVX-512 will do, of which most have no product of bfloat16.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load_policy(options: ModelOptions, *, seed: int = 0) -> tuple[Policy, PreTrainedTokenizerBase]:

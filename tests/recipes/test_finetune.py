@@ -179,7 +179,7 @@ def test_resuming_what_does_not_fit(overrides: list[str]):
 
 def test_a_run_keeps_the_precision_it_began_in(overrides: list[str], monkeypatch: pytest.MonkeyPatch):
     """ "auto" is resolved once: the same run on a processor that has bfloat16 would be another one."""
-    asked = "torch.ops.mkldnn._is_mkldnn_bf16_supported"
+    asked = "barrierlm.recipes.model._processor_has_bfloat16"
     options = [*overrides, "model.dtype=auto", "save_model=false"]
     monkeypatch.setattr(asked, lambda: False)
     finetune(load_options(None, [*options, "checkpoint_every=4"]))

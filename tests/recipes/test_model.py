@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,11 +125,24 @@ def test_an_adapter_on_the_head_is_refused(model_folder):
         load_policy(ModelOptions(name=str(model_folder), dtype="float32", lora_targets="lm_head,q_proj"))
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_auto_precision_is_what_the_processor_multiplies(monkeypatch, model_folder, native):
-    asked = "torch.ops.mkldnn._is_mkldnn_bf16_supported"
-    monkeypatch.setattr(asked, lambda: native)
-    found = "bfloat16" if native else "float32"
+@pytest.mark.parametrize(
+    ("machine", "onednn", "avx512", "amx", "found"),
+    [
+        ("x86_64", False, False, False, "float32"),
+        ("x86_64", True, False, False, "float32"),  # AVX-512 without a product of bfloat16
+        ("x86_64", True, True, False, "bfloat16"),
+        ("AMD64", True, False, True, "bfloat16"),
+        ("aarch64", True, False, False, "bfloat16"),
+        ("aarch64", False, False, False, "float32"),
+    ],
+)
+def test_auto_precision_is_what_the_processor_multiplies(
+    monkeypatch, model_folder, machine, onednn, avx512, amx, found
+):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
     cpu = torch.device("cpu")
     assert precision("auto", cpu) == found
     assert [precision(name, cpu) for name in ("float32", "bfloat16")] == ["float32", "bfloat16"]
@@ -137,3 +151,21 @@ def test_auto_precision_is_what_the_processor_multiplies(monkeypatch, model_fold
     # A build without oneDNN; an operation alone that is deleted is looked up again.
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     assert precision("auto", cpu) == "float32"
+
+
+def test_auto_precision_is_not_the_slow_one_here():
+    """What asks the processor was wrong about AVX-512 once, fourfold."""
+
+    def fastest(dtype: torch.dtype) -> float:
+        x, w = torch.randn(256, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
+        seconds = []
+        for _ in range(20):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    own, other = torch.bfloat16, torch.float32
+    if precision("auto", torch.device("cpu")) == "float32":
+        own, other = other, own
+    assert fastest(own) < 2 * fastest(other)
