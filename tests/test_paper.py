@@ -24,6 +24,7 @@ from benchmarks.paper.estimate import predicted, remaining
 from benchmarks.paper.evaluate import distance, splits, verdict
 from benchmarks.paper.experiment import (
     SFT_STEPS,
+    UNREACHABLE,
     WEIGHTS,
     WINDOWS,
     Bound,
@@ -348,6 +349,14 @@ def test_the_estimate_deals_runs_to_processes():
     took = {"loading_seconds": 0, "test": {"seconds": one}, "shifted": {"seconds": one}, "training": {"seconds": one}}
     row = {"status": "ok"} | took
     assert remaining(tasks, lambda t: row if t.seed == 0 else None, 1, 1) == pytest.approx(6 * one)
+
+
+def test_the_estimate_knows_that_a_reward_alone_is_trained_to_the_cap():
+    problem = Problem("helpful", (Bound("helpful", "helpful", lower=0.6),), 64)
+    alone = dataclasses.replace(problem, bounds=(Bound("helpful", "helpful", lower=UNREACHABLE),))
+    bounded, reward_only = (Task(p, PENALTY, 0, 100, SOURCES, weight=10.0) for p in (problem, alone))
+    longest = Task(window(64, 64), PENALTY, 0, 100, SOURCES, weight=0.06)
+    assert predicted(bounded) < predicted(reward_only) == predicted(longest)
 
 
 # ---- runs, and the page

@@ -23,8 +23,14 @@ def predicted(task: Task) -> float:
     if not task.problem.bounds:
         return _LOADING + task.steps * _SFT_STEP + 2 * _EVALUATION
     ends = [end for b in task.problem.bounds if b.measure == "length" for end in (b.lower, b.upper) if end is not None]
-    tokens = sum(ends) / len(ends) if ends else _TOKENS
+    # For a reward alone responses grow to the cap.
+    usual = task.problem.cap if _reward_only(task) else _TOKENS
+    tokens = sum(ends) / len(ends) if ends else usual
     return _LOADING + task.steps * (_STEP + _PER_TOKEN * tokens) + 2 * _EVALUATION
+
+
+def _reward_only(task: Task) -> bool:
+    return any(bound.lower == UNREACHABLE for bound in task.problem.bounds)
 
 
 def spent(row: Row) -> float:
@@ -41,7 +47,7 @@ def every_task(command: str, sources: Sources, done: Done, steps: int | None, se
 
 def _plausible(task: Task) -> Row:
     nll = abs(math.log(task.steps / _SFT_ENDS))
-    reward = 0.5 if any(bound.lower == UNREACHABLE for bound in task.problem.bounds) else 0.2
+    reward = 0.5 if _reward_only(task) else 0.2
     measures = {name: {"mean": reward} for name in ("helpful", "harmless")} | {"length": {"mean": _TOKENS}}
     test = {"nll": nll, "measures": measures, "violation": 0.0}
     return {"status": "ok", "validation_nll": nll, "test": test}
