@@ -68,7 +68,7 @@ def stamp(document: dict[str, Any]) -> str:
     bandwidth = document.get("copy_gb_per_s")
     copies = f"; copies move {bandwidth:.3g} GB/s" if bandwidth else ""
     copies += f'; impl="auto" runs the {document["implementation"]}' if document["implementation"] else ""
-    unfinished = "" if document["complete"] else " **The run did not finish.**"
+    unfinished = "" if document["complete"] else " **Not all of it was run.**"
     return (
         f"{device['name']}{threads}{copies}. {packages}. Revision {commit}, {document['date'][:10]}: "
         f"`{document['command']}`.{unfinished}"

@@ -300,7 +300,7 @@ def test_the_page_has_every_result_and_its_targets(quick):
 def test_results_that_are_committed_are_whole_or_say_that_they_are_not():
     for document in load_all(RESULTS):
         assert document["rows"]
-        assert ("**The run did not finish.**" in markdown(document)) == (not document["complete"])
+        assert ("**Not all of it was run.**" in markdown(document)) == (not document["complete"])
 
 
 def test_options_are_handed_on():
