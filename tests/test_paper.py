@@ -45,6 +45,7 @@ from benchmarks.paper.methods import (
     MM,
     MODIFIED,
     PENALTY,
+    REWARD_UNIT,
     SFT,
     UNIT,
     recipe_options,
@@ -122,7 +123,7 @@ class Fake:
             row = fake(helpful=0.8)
         if task.problem.name == "harmless only":
             row = fake(harmless=0.98)
-        if task.method == PENALTY and task.weight == WEIGHTS[2]:
+        if task.method == PENALTY and task.weight == task.problem.unit:
             row = fake(nll=3.0)
         self.rows[task.key] = row
 
@@ -168,12 +169,13 @@ def test_the_full_version():
     for problem in problems.values():
         if problem.name.endswith("only"):
             continue
-        own = [t for t in tasks if t.problem == problem]
+        own, unit = [t for t in tasks if t.problem == problem], problem.unit
+        assert unit == (0.6 if any(b.measure != "length" for b in problem.bounds) else 0.06)
         for method in METHODS:
             assert sorted(t.seed for t in own if t.method == method) == [0, 1, 2]
-        assert [t.weight for t in own if t.method == PENALTY and t.seed == 0] == list(WEIGHTS)
+        assert [t.weight for t in own if t.method == PENALTY and t.seed == 0] == [unit * x for x in WEIGHTS]
         # With the other seeds the best of them, once it is known.
-        assert [(t.seed, t.weight) for t in own if t.method == PENALTY and t.seed] == [(1, WEIGHTS[2]), (2, WEIGHTS[2])]
+        assert [(t.seed, t.weight) for t in own if t.method == PENALTY and t.seed] == [(1, unit), (2, unit)]
     assert set(METHODS) == {DEFAULT, MM, L3M, AUGMENTED, MODIFIED}
     assert [t.seed for t in tasks if t.method == SFT] == [0, 1, 2]
     assert {t.method for t in stages[0]} == {SFT, PENALTY}  # nothing that needs their rows
@@ -237,6 +239,9 @@ def test_the_rules_are_those_that_are_named():
     augmented = objective_of(AUGMENTED).rule
     assert isinstance(augmented, AugmentedLagrangian)
     assert augmented.penalty == pytest.approx(UNIT)
+    reward = Problem("helpful", (Bound("helpful", "helpful", lower=0.6),), 64)
+    assert objective_of(DEFAULT, problem=reward).rule.unit == REWARD_UNIT
+    assert objective_of(MM, problem=reward).rule.step == pytest.approx(0.05 * REWARD_UNIT)
     paper = objective_of(L3M)
     assert isinstance(paper.rule, RelaxedLogBarrier)
     assert isinstance(paper.schedule, ExponentialSchedule)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from .methods import METHODS, PENALTY, SFT, UNIT, recipe_options
+from .methods import METHODS, PENALTY, REWARD_UNIT, SFT, UNIT, recipe_options
 
 Row = dict[str, Any]
 
@@ -36,7 +36,8 @@ QUICK_STEPS = 44
 SFT_STEPS = (100, 200, 400, 800, 1600)
 SEEDS = 3
 QUICK_WEIGHTS = tuple(UNIT * factor for factor in (0.3, 3))
-WEIGHTS = tuple(UNIT * factor for factor in (0.1, 0.3, 1, 3, 10))
+#: Of the unit.
+WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)
 #: Training for the reward alone: a weight beside which the task hardly counts, on a bound that nothing reaches.
 _REWARD_ONLY, UNREACHABLE = 10.0, 1e4
 _SHORTEST_CAP = 48
@@ -59,6 +60,11 @@ class Problem:
     bounds: tuple[Bound, ...] = ()
     cap: int = _SHORTEST_CAP
     start: str = "base"
+
+    @property
+    def unit(self) -> float:
+        """An ordinary multiplier here, in nats per token and unit of violation."""
+        return UNIT if all(bound.measure == "length" for bound in self.bounds) else REWARD_UNIT
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Task:
     def overrides(self) -> list[str]:
         """The options of the recipe, as overrides of its defaults."""
         found = [*BASE, f"model.name={self.sources.model}", f"data.source={self.sources.data}", f"seed={self.seed}"]
-        found += [f"data.max_pairs={self.max_pairs}", f"optim.steps={self.steps}", f"objective.unit={UNIT:g}"]
+        found += [f"data.max_pairs={self.max_pairs}", f"optim.steps={self.steps}"]
         found += [f"rollout.max_new_tokens={self.problem.cap}"]
         for bound in self.problem.bounds:
             found.append(f"constraints.{bound.name}.cost={self.sources.costs[bound.measure]}")
@@ -111,7 +117,9 @@ class Task:
                 for side, value in (("lower", bound.lower), ("upper", bound.upper))
                 if value is not None
             ]
-        return found + recipe_options(self.method, self.steps, self.weight) + list(self.sources.extra)
+        return (
+            found + recipe_options(self.method, self.steps, self.weight, self.problem.unit) + list(self.sources.extra)
+        )
 
 
 Done = Callable[[Task], Row | None]
@@ -208,7 +216,7 @@ def problems_of(rewards: dict[str, Bound], sft_length: float) -> list[Problem]:
 
 def _penalties(task: Task, done: Done) -> Iterator[Task]:
     """All weights with the first seed; with the others the one that was best there."""
-    search = [replace(task, seed=0, weight=weight) for weight in WEIGHTS]
+    search = [replace(task, seed=0, weight=task.problem.unit * factor) for factor in WEIGHTS]
     if task.seed == 0:
         yield from search
         return

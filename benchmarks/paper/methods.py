@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-#: An ordinary multiplier: the recipe's `objective.unit`, in nats per token and unit of violation.
-UNIT = 0.06
+#: An ordinary multiplier, in nats per token and unit of violation: the recipe's `objective.unit`; and for rewards, where
+#: that was too small to reach such bounds in 44 steps.
+UNIT, REWARD_UNIT = 0.06, 0.6
 #: A hinge is a relaxed barrier whose s is this narrow (in units of violation), with mu = weight * s.
 _HINGE = 1e-6
 
@@ -26,18 +27,19 @@ ABOUT = {
     MM: "min-max Lagrangian training, `DualAscent`: its default step of 0.05, times the unit",
     AUGMENTED: "`AugmentedLagrangian`: its default penalty of 1, times the unit",
     L3M: "the paper's formula, `RelaxedLogBarrier` with s = μ², μ from 1 to 0.01 over the run, no noise floor",
-    DEFAULT: "`AdaptiveBarrier`, the recipe's default; its `unit` the recipe's 0.06, bounds drawn in once it learns",
-    MODIFIED: "`ModifiedBarrier`; its `unit` the recipe's 0.06, bounds drawn in as well",
+    DEFAULT: "`AdaptiveBarrier`, the recipe's default with the unit; bounds drawn in once it learns",
+    MODIFIED: "`ModifiedBarrier` with the unit; bounds drawn in as well",
 }
 
 
-def recipe_options(method: str, steps: int, weight: float | None = None) -> list[str]:
+def recipe_options(method: str, steps: int, weight: float | None = None, unit: float = UNIT) -> list[str]:
     """The overrides of the recipe that make the method.
 
     Args:
         method: One of `ABOUT`.
         steps: Of the run; the paper's schedule has a horizon.
         weight: The penalty's, in nats per token and unit of violation; only there.
+        unit: An ordinary multiplier, in the same.
 
     Raises:
         ValueError: An unknown method, or a weight where there is none, or none where there is one.
@@ -56,12 +58,13 @@ def recipe_options(method: str, steps: int, weight: float | None = None) -> list
             f"objective.schedule_options.mu={weight * _HINGE:.12f}",
             "objective.noise_floor=0",
         ]
+    own = f"objective.unit={unit:g}"
     return {
         SFT: [],
-        DEFAULT: [],
-        MM: ["objective.rule=DualAscent", f"objective.rule_options.step={0.05 * UNIT:g}"],
-        AUGMENTED: ["objective.rule=AugmentedLagrangian", f"objective.rule_options.penalty={UNIT:g}"],
-        MODIFIED: ["objective.rule=ModifiedBarrier"],
+        DEFAULT: [own],
+        MM: ["objective.rule=DualAscent", f"objective.rule_options.step={0.05 * unit:g}"],
+        AUGMENTED: ["objective.rule=AugmentedLagrangian", f"objective.rule_options.penalty={unit:g}"],
+        MODIFIED: ["objective.rule=ModifiedBarrier", own],
         L3M: [
             "objective.rule=RelaxedLogBarrier",
             "objective.schedule=ExponentialSchedule",
