@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-#: An ordinary multiplier, in nats per token and unit of violation: the recipe's `objective.unit`; and for rewards, where
-#: that was too small to reach such bounds in 44 steps.
+#: An ordinary multiplier, in nats per token and unit of violation: the recipe's `objective.unit`; and that for rewards,
+#: whose bounds were not reached in 44 steps with the recipe's.
 UNIT, REWARD_UNIT = 0.06, 0.6
 #: A hinge is a relaxed barrier whose s is this narrow (in units of violation), with mu = weight * s.
 _HINGE = 1e-6
