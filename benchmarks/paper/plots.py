@@ -38,7 +38,7 @@ def _plain(panel: Any) -> None:
 
 
 def courses(rows: list[Row]) -> Any:
-    """A column for each method, all seeds: estimates against their bounds, and below the multipliers.
+    """A column for each method, all seeds: of each constraint the estimates against its bounds, and its multipliers.
 
     Of more than two weights of the penalty, the one that was kept is shown.
     """
@@ -47,31 +47,30 @@ def courses(rows: list[Row]) -> Any:
     groups = [group for group in by_method(rows) if group[0]["task"]["method"] != PENALTY or name_of(group[0]) in kept]
     bounds = bounds_of(rows[0])
     columns = max(1, len(groups))
-    figure = _figure(max(6.0, 2.3 * columns), 1.7 * (len(bounds) + 1) + 0.6)
-    panels = figure.subplots(len(bounds) + 1, columns, sharex="col", sharey="row", squeeze=False)
+    figure = _figure(max(6.0, 2.3 * columns), 3.4 * len(bounds) + 0.6)
+    panels = figure.subplots(2 * len(bounds), columns, sharex="col", sharey="row", squeeze=False)
     for column, group in zip(panels.T, groups, strict=True):
         column[0].set_title(name_of(group[0]), fontsize=9, loc="left")
-        for row in (row for row in group if row["status"] == "ok"):
-            series, steps = row["training"]["series"], row["task"]["steps"]
-            for panel, bound in zip(column, bounds, strict=False):
+        for bound, estimates, multipliers in zip(bounds, column[::2], column[1::2], strict=True):
+            for row in (row for row in group if row["status"] == "ok"):
+                series, steps, color = row["training"]["series"], row["task"]["steps"], _COLORS[row["task"]["method"]]
                 line = _numbers(series[f"constraints/{bound.name}/value"])
-                panel.plot(_steps(line, steps), line, color=_COLORS[row["task"]["method"]], lw=1.2)
-            for name, line in ((n, _numbers(v)) for n, v in series.items() if n.endswith("/multiplier")):
-                style = "--" if "/upper/" in name else "-"
-                column[-1].plot(_steps(line, steps), line, color=_COLORS[row["task"]["method"]], lw=1, ls=style)
-        for panel, bound in zip(column, bounds, strict=False):
+                estimates.plot(_steps(line, steps), line, color=color, lw=1.2)
+                for side, style in (("lower", "-"), ("upper", "--")):
+                    line = _numbers(series.get(f"constraints/{bound.name}/{side}/multiplier", []))
+                    multipliers.plot(_steps(line, steps), line, color=color, lw=1, ls=style)
             for limit in (bound.lower, bound.upper):
                 if limit is not None:
-                    panel.axhline(limit, color="#333333", lw=0.8, ls=":")
-        # What is far away would hide all others: from 0.001 on linear, above logarithmic.
-        column[-1].set_yscale("symlog", linthresh=1e-3)
+                    estimates.axhline(limit, color="#333333", lw=0.8, ls=":")
+            # What is far away would hide all others: from 0.001 on linear, above logarithmic.
+            multipliers.set_yscale("symlog", linthresh=1e-3)
         column[-1].set_xlabel("step", fontsize=7)
         for panel in column:
             _plain(panel)
-    for panel, bound in zip(panels[:, 0], bounds, strict=False):
-        panel.set_ylabel(bound.name, fontsize=8)
-    panels[-1, 0].set_ylim(bottom=-2e-4)  # none is negative, and a line along 0 shows
-    panels[-1, 0].set_ylabel("multiplier\n(lower —, upper - -)", fontsize=8)
+    for bound, estimates, multipliers in zip(bounds, panels[::2, 0], panels[1::2, 0], strict=True):
+        estimates.set_ylabel(bound.name, fontsize=8)
+        multipliers.set_ylim(bottom=-2e-4)  # none is negative, and a line along 0 shows
+        multipliers.set_ylabel("multiplier\n(lower —, upper - -)", fontsize=8)
     return figure
 
 
@@ -95,10 +94,14 @@ def ends(rows: list[Row]) -> Any:
         for row in plain.values():
             at = row["test"]["measures"][bound.measure]
             panel.plot(at["mean"], 0, marker="*", ms=9, ls="none", color=_COLORS["SFT"])
-        inner = bound.lower if bound.lower is not None else panel.get_xlim()[0]
-        outer = bound.upper if bound.upper is not None else panel.get_xlim()[1]
+        for limit in (bound.lower, bound.upper):
+            if limit is not None:
+                panel.axvline(limit, color="#333333", lw=0.6, ls=":")  # in sight, however far from the means
+        left, right = panel.get_xlim()
+        inner, outer = (end if at is None else at for at, end in ((bound.lower, left), (bound.upper, right)))
         if inner < outer:
             panel.axvspan(inner, outer, color="#e9f5ec", zorder=-1)
+        panel.set_xlim(left, right)
         panel.axhline(0, color="#333333", lw=0.6)
         panel.set_title(name, fontsize=9, loc="left")
         panel.set_xlabel(f"held-out {bound.measure}, 95% interval (shaded: allowed; ★ SFT)", fontsize=7)
