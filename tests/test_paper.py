@@ -50,7 +50,7 @@ from benchmarks.paper.methods import (
     UNIT,
     recipe_options,
 )
-from benchmarks.paper.plots import courses
+from benchmarks.paper.plots import courses, ends
 from benchmarks.paper.scores import infeasible_share, inside, of_training, steps_to_feasibility, thinned
 from benchmarks.paper.surrogate import SPEEDS, simulate
 from benchmarks.paper.targets import search_lines, targets
@@ -58,6 +58,7 @@ from tests.recipes.tiny import make_data, make_model
 
 SOURCES = Sources()
 WINDOW = window(16, 24)
+REWARD = Problem("helpful", (Bound("helpful", "helpful", lower=0.6),), 64)
 
 
 # ---- the grid
@@ -207,6 +208,15 @@ def test_keys_tell_runs_apart():
     assert task.key == quick(SOURCES)[0].key
 
 
+def test_a_run_is_done_again_when_its_options_have_changed(monkeypatch):
+    before, other = (Task(problem, MM, 0, 44, SOURCES) for problem in (REWARD, WINDOW))
+    keys = before.key, other.key
+    monkeypatch.setattr("benchmarks.paper.experiment.REWARD_UNIT", 0.2)
+    assert (before.key == keys[0], other.key == keys[1]) == (False, True)
+    monkeypatch.setattr("benchmarks.paper.experiment.BASE", ("optim.momentum=0.9",))
+    assert other.key != keys[1]
+
+
 # ---- the methods
 
 
@@ -239,9 +249,8 @@ def test_the_rules_are_those_that_are_named():
     augmented = objective_of(AUGMENTED).rule
     assert isinstance(augmented, AugmentedLagrangian)
     assert augmented.penalty == pytest.approx(UNIT)
-    reward = Problem("helpful", (Bound("helpful", "helpful", lower=0.6),), 64)
-    assert objective_of(DEFAULT, problem=reward).rule.unit == REWARD_UNIT
-    assert objective_of(MM, problem=reward).rule.step == pytest.approx(0.05 * REWARD_UNIT)
+    assert objective_of(DEFAULT, problem=REWARD).rule.unit == REWARD_UNIT
+    assert objective_of(MM, problem=REWARD).rule.step == pytest.approx(0.05 * REWARD_UNIT)
     paper = objective_of(L3M)
     assert isinstance(paper.rule, RelaxedLogBarrier)
     assert isinstance(paper.schedule, ExponentialSchedule)
@@ -357,9 +366,8 @@ def test_the_estimate_deals_runs_to_processes():
 
 
 def test_the_estimate_knows_that_a_reward_alone_is_trained_to_the_cap():
-    problem = Problem("helpful", (Bound("helpful", "helpful", lower=0.6),), 64)
-    alone = dataclasses.replace(problem, bounds=(Bound("helpful", "helpful", lower=UNREACHABLE),))
-    bounded, reward_only = (Task(p, PENALTY, 0, 100, SOURCES, weight=10.0) for p in (problem, alone))
+    alone = dataclasses.replace(REWARD, bounds=(Bound("helpful", "helpful", lower=UNREACHABLE),))
+    bounded, reward_only = (Task(p, PENALTY, 0, 100, SOURCES, weight=10.0) for p in (REWARD, alone))
     longest = Task(window(64, 64), PENALTY, 0, 100, SOURCES, weight=0.06)
     assert predicted(bounded) < predicted(reward_only) == predicted(longest)
 
@@ -638,6 +646,17 @@ def test_multipliers_are_drawn_from_zero_up(done):
     assert -1e-3 < low < 0 < high
 
 
+def test_a_bound_that_nothing_came_near_is_in_the_picture(done):
+    rows = json.loads(json.dumps(result_of(done)["rows"]))
+    for row in rows:
+        if row["task"]["problem"]["bounds"]:
+            row["task"]["problem"]["bounds"] = [["length", "length", 500.0, None]]
+    low, high = ends(rows).axes[0].get_xlim()
+    assert low < 100
+    assert high > 500
+    assert len(courses([row for row in rows if row["task"]["method"] == DEFAULT]).axes) == 2  # estimates, multipliers
+
+
 # ---- the surrogate
 
 
@@ -665,7 +684,7 @@ def test_the_default_is_outside_half_as_often_as_min_max_training():
 def test_the_surrogate_is_reproducible_and_takes_windows_of_length_only():
     task = Task(window(24, 32), DEFAULT, 0, 8, SOURCES)
     assert simulate(task, SPEEDS[0]) == simulate(task, SPEEDS[0])
-    for problem in (Problem(SFT), Problem("helpful", (Bound("helpful", "helpful", lower=0.5),))):
+    for problem in (Problem(SFT), REWARD):
         with pytest.raises(ValueError, match=r"allowed: a window of length"):
             simulate(dataclasses.replace(task, problem=problem), SPEEDS[0])
 

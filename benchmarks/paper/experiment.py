@@ -97,7 +97,7 @@ class Task:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([asdict(self), self.overrides()]).encode()).hexdigest()[:12]
 
     @property
     def label(self) -> str:
@@ -117,9 +117,8 @@ class Task:
                 for side, value in (("lower", bound.lower), ("upper", bound.upper))
                 if value is not None
             ]
-        return (
-            found + recipe_options(self.method, self.steps, self.weight, self.problem.unit) + list(self.sources.extra)
-        )
+        found += recipe_options(self.method, self.steps, self.weight, self.problem.unit)
+        return found + list(self.sources.extra)
 
 
 Done = Callable[[Task], Row | None]

@@ -59,11 +59,11 @@ def versions() -> dict[str, str | None]:
 
 @lru_cache
 def fingerprint() -> str:
-    """Of everything that a run's numbers depend on, so that old rows are not mixed with new code."""
+    """Of the code that a run depends on, so that old rows are not mixed with new. Its options are in its key."""
     library, here = Path(barrierlm.__file__).parent, Path(__file__).parent
     files = [*library.glob("*.py"), *(library / "recipes").glob("*.py")]
     files += [p for p in Path(barrierlm_kernels.__file__).parent.rglob("*.py") if not p.name.startswith("triton")]
-    files += [here / f"{name}.py" for name in ("methods", "rewards", "evaluate", "run", "scores")]
+    files += [here / f"{name}.py" for name in ("rewards", "evaluate", "run", "scores")]
     digest = hashlib.sha256(json.dumps(versions()).encode())
     for file in sorted(files):
         digest.update(file.read_bytes())
