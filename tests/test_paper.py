@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from barrierlm import AugmentedLagrangian, DualAscent, ExponentialSchedule, Modi
 from barrierlm.learning import AdaptiveBarrier
 from barrierlm.recipes import progress
 from barrierlm.recipes.config import load_options
+from barrierlm.recipes.data import load_pairs
 from barrierlm.recipes.workspace import build_objective, open_workspace
 from benchmarks.output import save
-from benchmarks.paper import report, run, surrogate
+from benchmarks.paper import experiment, report, run, surrogate
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.estimate import predicted, remaining
 from benchmarks.paper.evaluate import distance, splits, verdict
@@ -195,6 +197,27 @@ def test_what_failed_holds_up_only_what_needs_it():
     assert not names & {"helpful", "helpful and harmless"}
 
 
+@pytest.mark.parametrize("failed", [0, 2])
+def test_without_plain_fine_tuning_the_windows_are_run(failed):
+    runs = Fake()
+    plain = [t for t in runs.stage(steps=50) if t.method == SFT]
+    runs.rows[plain[failed].key] = {"status": "failed"}
+    tasks = [t for stage in runs.all(steps=50) for t in stage]
+    assert {t.seed for t in tasks if t.problem.name == "length 8 to 12" and t.method == DEFAULT} == {0, 1, 2}
+    starts = {t.seed for t in tasks if t.problem.start == "sft" and t.method == DEFAULT}
+    # The first seed says where the window and the rewards' bounds lie, each seed's own is what its run starts from.
+    assert starts == ({0, 1} if failed else set())
+    assert ("helpful" in {t.problem.name for t in tasks}) == bool(failed)
+
+
+def test_the_search_goes_on_after_a_number_of_steps_that_failed():
+    runs = Fake(falls_until=400)
+    (first,) = runs.stage(seeds=1)
+    runs.rows[first.key] = {"status": "failed"}
+    tried = [t.steps for stage in runs.all(seeds=1) for t in stage if t.method == SFT]
+    assert tried == [200, 400, 800]
+
+
 def test_keys_tell_runs_apart():
     task = quick(SOURCES)[0]
     others = [
@@ -215,6 +238,20 @@ def test_a_run_is_done_again_when_its_options_have_changed(monkeypatch):
     assert (before.key == keys[0], other.key == keys[1]) == (False, True)
     monkeypatch.setattr("benchmarks.paper.experiment.BASE", ("optim.momentum=0.9",))
     assert other.key != keys[1]
+
+
+@pytest.mark.parametrize("field", ["data", "helpful", "model"])
+def test_a_run_is_done_again_when_its_files_have_changed(field, tmp_path):
+    file = tmp_path / "file.py"
+    place = {"data": str(file), "helpful": f"{file}:reward", "model": str(tmp_path)}[field]
+    keys = []
+    for text in ("a", "ab", "ab"):
+        if text != (file.read_text("utf-8") if file.exists() else None):
+            file.write_text(text, encoding="utf-8")
+        experiment._contents.cache_clear()
+        keys.append(dataclasses.replace(quick(SOURCES)[0], sources=Sources(**{field: place})).key)
+    assert keys[0] != keys[1] == keys[2]
+    assert Sources().contents == ["", "", "", ""]
 
 
 # ---- the methods
@@ -448,8 +485,8 @@ def test_the_splits_share_no_conversation(done):
     parts = splits(workspace) | {"train": workspace.train}
     origins = {name: {t.pair.origin for t in part} for name, part in parts.items()}
     assert all(not origins["train"] & origins[name] for name in ("test", "validation", "shifted"))
-    assert not origins["test"] & origins["validation"]
     assert parts["test"] == workspace.heldout
+    assert not origins["test"] & origins["validation"]
     assert min(len(t.prompt_ids) for t in parts["shifted"]) > 8 >= max(len(t.prompt_ids) for t in parts["test"])
     weights = [torch.full_like(p, 0.25) for p in workspace.policy.trained()]
     path = done / "weights.pt"
@@ -458,6 +495,74 @@ def test_the_splits_share_no_conversation(done):
     torch.save(weights, path)
     run._load_weights(workspace, path)
     assert all(torch.equal(p, w) for p, w in zip(workspace.policy.trained(), weights, strict=True))
+
+
+def test_validation_has_conversations_of_its_own(done, monkeypatch):
+    """Also where a conversation has many pairs, each the answer to the one before."""
+    workspace = open_workspace(load_options(None, task_of(done, SFT).overrides()))
+
+    def in_conversations(options):
+        pairs = load_pairs(options)
+        return [dataclasses.replace(pair, origin=f"{i // 3}") for i, pair in enumerate(pairs)]
+
+    monkeypatch.setattr("benchmarks.paper.evaluate.load_pairs", in_conversations)
+    small = dataclasses.replace(
+        workspace.options, evaluation=dataclasses.replace(workspace.options.evaluation, prompts=4)
+    )
+    parts = splits(dataclasses.replace(workspace, options=small))
+    origins = {name: {pair.pair.origin for pair in part} for name, part in parts.items()}
+    assert [len(parts[name]) for name in ("test", "validation")] == [4, 4]
+    assert not origins["test"] & origins["validation"]
+
+
+def test_too_few_held_out_pairs_are_told_before_the_training(done, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(run, "train", never)
+    task = task_of(done)
+    many = dataclasses.replace(task.sources, extra=(*SMALL, "evaluation.prompts=4000"))
+    row = run.execute(dataclasses.replace(task, sources=many), tmp_path)
+    assert "the split 'test' has" in row["error"]
+
+
+def test_a_second_command_is_refused_while_one_is_at_work(done, capsys):
+    before = (done / "cache" / "rows.jsonl").read_bytes()
+    with run.Cache(done / "cache").alone():
+        assert main(command(done, "quick")) == 2
+    assert "another command is at work in" in capsys.readouterr().err
+    assert (done / "cache" / "rows.jsonl").read_bytes() == before
+
+
+def test_unknown_problems_are_refused(done, capsys):
+    assert main(command(done, "full", "--problems", "length 16", "lenght")) == 2
+    assert "--problems 'lenght'; allowed: the start of one of length 8 to 12, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("start", "runs"), [("help", 5), ("helpful and", 4), ("harm", 4), ("length 8", 2)])
+def test_rewards_bring_the_runs_that_their_bounds_are_made_of(start, runs, tmp_path, capsys):
+    chosen = ["--problems", start, "--methods", MM]
+    assert main(["full", "--steps", "50", "--seeds", "1", *chosen, "--estimate", "--cache", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{runs} runs (1 of them SFT)")
+
+
+def test_a_complete_result_is_not_replaced_until_all_has_ended(done, monkeypatch):
+    """A change of the code makes `make paper` start over; interrupted, it leaves what was there."""
+    folder, whole = done / "out", result_of(done)
+
+    class Stop(Exception):
+        pass
+
+    def one(tasks, cache, *_):
+        yield whole["rows"][0] | {"key": tasks[0].key}
+        raise Stop
+
+    monkeypatch.setattr(run, "fingerprint", lambda: "other")
+    monkeypatch.setattr("benchmarks.paper.__main__.run_all", one)
+    with pytest.raises(Stop):
+        main(command(done, "quick"))
+    assert result_of(done) == whole
+    assert len(list(folder.glob("*.json"))) == 1
 
 
 def test_what_is_done_is_not_done_again(done, monkeypatch):
@@ -512,7 +617,7 @@ def test_an_interrupted_run_goes_on(done, tmp_path, monkeypatch):
     monkeypatch.setattr(
         progress.MetricsFile, "write", lambda self, step, metrics: (steps.append(step), write(self, step, metrics))
     )
-    row = run.execute(task, tmp_path)
+    (row,) = run.run_all([task], run.Cache(tmp_path), 0, None)
     assert steps == [3, 4]
     whole = next(r for r in result_of(done)["rows"] if r["key"] == task.key)
     for split in ("test", "shifted"):
@@ -540,6 +645,29 @@ def test_a_run_that_fails_is_told_and_tried_again(tiny, tmp_path, monkeypatch, c
     assert main(arguments) == 0
     assert [row["status"] for row in result_of(tmp_path)["rows"]] == ["ok", "ok"]
     assert not result_of(tmp_path)["complete"]  # of the quick version two runs are there
+
+
+def test_what_changed_since_a_command_began_is_not_run(done, tmp_path):
+    """A run's process reads the files anew: what they give now is not what was planned, and not what it is kept as."""
+    task, (receiver, sender) = task_of(done), multiprocessing.Pipe(duplex=False)
+    run._child(task, (task.key, "other"), tmp_path, 1, sender)
+    row = receiver.recv()
+    assert (row["key"], row["code"], row["status"]) == (task.key, "other", "failed")
+    assert "have changed since the command began" in row["error"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_lines_that_are_missing_from_a_run_are_no_result(done, tmp_path, monkeypatch):
+    train = run.train
+
+    def loses_one(workspace, folder, **options):
+        found = train(workspace, folder, **options)
+        file = folder / "metrics.jsonl"
+        file.write_text("\n".join(file.read_text("utf-8").splitlines()[1:]) + "\n", encoding="utf-8")
+        return found
+
+    monkeypatch.setattr(run, "train", loses_one)
+    assert "has 3 lines after 4 steps" in run.execute(task_of(done), tmp_path)["error"]
 
 
 @pytest.mark.slow
@@ -610,18 +738,45 @@ def test_targets_of_rows_made_by_hand(done):
 
     made = [one(SFT, seed, 4.0, 20.0, 0) for seed in (0, 1)]
     made += [one(DEFAULT, 0, 4.1, 20.0, 0.1), one(MM, 0, 4.2, 20.0, 0.2)]
-    assert [line[2] for line in targets(made)] == ["yes", "yes", "open", "yes", "yes"]
+    assert [line[2] for line in targets(made, complete=True)] == ["yes", "yes", "open", "yes", "yes"]
+    partial = [line[2] for line in targets(made, complete=False)]  # "every window" is no yes before all have run
+    assert partial == ["so far", "so far", "open", "so far", "so far"]
     made += [one(DEFAULT, 1, 4.2, 25.0, 0.2), one(MM, 1, 4.1, 20.0, 0.3)]
-    found = targets(made)
+    found = targets(made, complete=True)
     assert [line[2] for line in found] == ["no", "no", "open", "yes", "no"]  # MM's lower NLL beside a missed bound
     assert found[1][1].startswith("1 of 2: length 16 to 24, seed 0 +2.5%; length 16 to 24, seed 1 +5.0%")
     made[0]["test"]["measures"]["length"]["mean"] = made[1]["test"]["measures"]["length"]["mean"] = 30.0
-    assert [line[2] for line in targets(made)][1:3] == ["open", "yes"]
+    assert [line[2] for line in targets(made, complete=True)][1:3] == ["open", "yes"]
     many = made + [one(DEFAULT, seed, 4.0, 20.0, 0.1) for seed in (2, 3)]
-    assert targets(many)[0][1] == "3 of 4, not: length 16 to 24, seed 1 25 ± 0.98"  # of many the missed ones are named
+    assert (
+        targets(many, complete=False)[0][1] == "3 of 4, not: length 16 to 24, seed 1 25 ± 0.98"
+    )  # of many the missed ones are named
     (line,) = search_lines(rows)
     assert line[:3] == ["length 16 to 24", "2", "2.0"]
     assert list(by_problem(rows)) == ["length 16 to 24"]
+
+
+def test_the_page_says_what_its_rows_are_not(done):
+    document = result_of(done)
+
+    def text(rows, *, quick=True):
+        changed = document | {"rows": rows, "settings": document["settings"] | {"quick": quick}}
+        return report.section(changed, {}, done / "page.md")
+
+    rows = document["rows"]
+    assert "4 steps are what was asked for, not where SFT's NLL stops falling." in text(rows)
+    assert "versions of the code" not in text(rows)
+    assert "The rows are of 2 versions of the code" in text([rows[0] | {"code": "other"}, *rows[1:]])
+    plain = rows[-1]
+    tried = [
+        plain | {"task": plain["task"] | {"steps": steps}, "validation_nll": 5 - steps / 1e4}
+        for steps in (SFT_STEPS[-2], SFT_STEPS[-1])
+    ]
+    assert f"still falling at {SFT_STEPS[-1]} steps" in text(tried, quick=False)
+    assert "still falling" not in text([tried[0] | {"validation_nll": 4.0}, tried[1]], quick=False)
+    again = [row | {"task": row["task"] | {"seed": 1}} for row in rows if row["task"]["method"] in (DEFAULT, SFT)]
+    assert "| **default** |" in text(rows + again)
+    assert "| MM, seed 0 |" in text(rows + again)
 
 
 def test_reports_say_failed_for_failed_seeds():
@@ -636,7 +791,7 @@ def test_a_result_stands_before_its_namesakes_with_other_options(done, tmp_path)
         save(document, tmp_path)
     assert report.write(tmp_path, tmp_path / "page.md")
     first, second = re.findall("^## Quick version, (.*)", (tmp_path / "page.md").read_text("utf-8"), re.MULTILINE)
-    assert second == first.replace("pairs, ", "pairs, again, ", 1)
+    assert second == first.replace("options, ", "options, again, ", 1)
 
 
 def test_multipliers_are_drawn_from_zero_up(done):
@@ -655,6 +810,22 @@ def test_a_bound_that_nothing_came_near_is_in_the_picture(done):
     assert low < 100
     assert high > 500
     assert len(courses([row for row in rows if row["task"]["method"] == DEFAULT]).axes) == 2  # estimates, multipliers
+
+
+def test_every_weight_is_in_the_legend(done):
+    """The weights of a reward are ten times those of a window."""
+    rows = result_of(done)["rows"]
+    reward = {"name": "helpful", "bounds": [["helpful", "helpful", 0.5, None]], "cap": 64, "start": "base"}
+    for row in [row for row in rows if row["task"]["method"] == PENALTY]:
+        rows.append(row | {"task": row["task"] | {"problem": reward, "weight": 10 * row["task"]["weight"]}})
+    figure = ends(rows)
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert {"penalty 0.018", "penalty 0.18", "penalty 1.8", "MM", "default"} <= set(shown)
+    markers = {
+        line.get_marker() for panel in figure.axes for line in panel.lines if line.get_marker() in "osDv^<>Pdhp8"
+    }
+    assert len(markers) == len(shown)
 
 
 # ---- the surrogate

@@ -7,6 +7,7 @@ keep every run when it is done, and go on where they were interrupted. `report` 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import Timeout
 
 from ..environment import RESULTS, ROOT, slug
-from ..output import save
+from ..output import path_of, save
 from . import report
 from .estimate import every_task, message, remaining
-from .experiment import SEEDS, Row, Sources, Task, full, quick
+from .experiment import REWARD_PROBLEMS, REWARDS, SEEDS, Bound, Row, Sources, Task, full, problems_of, quick
 from .groups import name_of
 from .methods import ABOUT
 from .run import Cache, run_all
@@ -64,13 +66,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _wanted(task: Task, arguments: argparse.Namespace) -> bool:
     """SFT always is, and the runs that the rewards' bounds are made of if one of these problems is."""
-    name, chosen = task.problem.name, arguments.problems
     if not task.problem.bounds:
         return True
-    if name.endswith(" only"):
-        return not chosen or any(start.startswith(("helpful", "harmless")) for start in chosen)
-    methods = not arguments.methods or task.method in arguments.methods
-    return methods and (not chosen or any(name.startswith(start) for start in chosen))
+    if task.problem.name.endswith(" only"):
+        return any(_chosen(name, arguments) for name in REWARD_PROBLEMS)
+    return (not arguments.methods or task.method in arguments.methods) and _chosen(task.problem.name, arguments)
+
+
+def _chosen(problem: str, arguments: argparse.Namespace) -> bool:
+    return not arguments.problems or any(problem.startswith(start) for start in arguments.problems)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,18 +111,30 @@ def main(argv: list[str] | None = None) -> int:
     def everything() -> list[Task]:
         return wanted(every_task(arguments.command, sources, done, arguments.steps, arguments.seeds))
 
+    # The window of the feasible start is known when SFT has run: any is let through.
+    names = [p.name.partition(":")[0] for p in problems_of(dict.fromkeys(REWARDS, Bound("", "")), 20.0)]
+    given = [start.partition(":")[0] for start in arguments.problems or []]
+    unknown = [start for start in given if not any(name.startswith(start) for name in names)]
+    if unknown:
+        print(f"--problems {unknown[0]!r}; allowed: the start of one of {', '.join(names)}", file=sys.stderr)
+        return 2
     pace = arguments.processes, arguments.threads
     print(message(everything(), done, *pace), flush=True)
     if arguments.estimate:
         return 0
-    while missing := [task for task in wanted(plan()) if done(task) is None]:
-        for row in run_all(missing, cache, *pace):
-            tried[row["key"]] = row
-            tasks = everything()
-            left, minutes = sum(done(task) is None for task in tasks), remaining(tasks, done, *pace) / 60
-            print(f"{_told(row)}; {left} of {len(tasks)} runs left, about {minutes:.0f} min", flush=True)
-            _save(plan(), done, arguments, argv)
-    path = _save(plan(), done, arguments, argv)
+    try:
+        with cache.alone():
+            while missing := [task for task in wanted(plan()) if done(task) is None]:
+                for row in run_all(missing, cache, *pace):
+                    tried[row["key"]] = row
+                    tasks = everything()
+                    left, minutes = sum(done(task) is None for task in tasks), remaining(tasks, done, *pace) / 60
+                    print(f"{_told(row)}; {left} of {len(tasks)} runs left, about {minutes:.0f} min", flush=True)
+                    _save(plan(), done, arguments, argv, ended=False)
+    except Timeout:
+        print(f"another command is at work in {arguments.cache}; allowed: another --cache", file=sys.stderr)
+        return 2
+    path = _save(plan(), done, arguments, argv, ended=True)
     report.write(arguments.out, arguments.page)
     print(path, arguments.page, sep="\n")
     return int(any(row["status"] != "ok" for row in tried.values()))
@@ -132,22 +148,30 @@ def _told(row: Row) -> str:
     return f"{name}: NLL {row['test']['nll']:.3f}, {row['test']['verdict'] or 'no bounds'}"
 
 
-def _save(tasks: list[Task], done: Callable[[Task], Row | None], arguments: argparse.Namespace, argv: Any) -> Path:
-    """The result file, with all rows that there are so far."""
+def _save(
+    tasks: list[Task], done: Callable[[Task], Row | None], arguments: argparse.Namespace, argv: Any, *, ended: bool
+) -> Path:
+    """The result file, with all rows that there are so far; until all has ended it replaces no complete one."""
     rows = [row for task in tasks if (row := done(task)) is not None]
     own = Sources()
     other = [slug(Path(arguments.model).name)] if arguments.model != own.model else []
     other += [slug(Path(arguments.data).stem)] if arguments.data != own.data else []
     other += ["reward models"] if arguments.reward_model else []
-    # The full version looks for its number of steps; one that was given stands beside it.
-    other += [f"{arguments.steps} steps"] if arguments.command == "full" and arguments.steps else []
-    other += [arguments.name] if arguments.name else []
+    # The full version looks for its number of steps; one that was given stands beside it. So do other options.
+    other += [f"{arguments.steps} steps"] if arguments.steps else []
+    name = arguments.name or ("other options" if arguments.set else "")
+    other += [name] if name else []
     settings = {"quick": arguments.command == "quick", "processes": arguments.processes, "threads": arguments.threads}
     typed = shlex.join(sys.argv[1:] if argv is None else argv)
     complete = len(rows) == len(tasks) and all(row["status"] == "ok" for row in rows)
+    complete &= arguments.command == "quick" or arguments.seeds >= SEEDS
     case = ", ".join(other)
     command = f"python -m benchmarks.paper {typed}"
-    return save(report.new_document(rows, settings, command, complete=complete, case=case), arguments.out)
+    document = report.new_document(rows, settings, command, complete=complete, case=case)
+    path = path_of(document, arguments.out)
+    if not ended and not complete and path.exists() and json.loads(path.read_text(encoding="utf-8"))["complete"]:
+        return path
+    return save(document, arguments.out)
 
 
 if __name__ == "__main__":

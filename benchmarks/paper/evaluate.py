@@ -22,7 +22,7 @@ _LONGER = 2.4
 def splits(workspace: Workspace) -> dict[str, list[Tokens]]:
     """Held-out pairs: ``test``; ``validation``, on which the number of steps is chosen; ``shifted``, with long prompts.
 
-    All are of conversations that training never saw.
+    All are of conversations that training never saw, and those of ``validation`` none of ``test``'s.
 
     Raises:
         ValueError: There are too few.
@@ -30,11 +30,14 @@ def splits(workspace: Workspace) -> dict[str, list[Tokens]]:
     data, count = workspace.options.data, workspace.options.evaluation.prompts
     _, heldout = split_pairs(load_pairs(data), data)
     end = {"end_of_turn": workspace.end_of_turn}
-    known = tokenize_pairs(heldout, workspace.tokenizer, data, limit=2 * count, **end)
+    known = tokenize_pairs(heldout, workspace.tokenizer, data, **end)
     wider = dataclasses.replace(data, max_prompt_tokens=int(_LONGER * data.max_prompt_tokens))
     longer = tokenize_pairs(heldout, workspace.tokenizer, wider, **end)
     longer = [pair for pair in longer if len(pair.prompt_ids) > data.max_prompt_tokens]
-    found = {"test": known[:count], "validation": known[count : 2 * count], "shifted": longer[:count]}
+    test = known[:count]
+    tested = {pair.pair.origin for pair in test}
+    others = [pair for pair in known[count:] if pair.pair.origin not in tested]
+    found = {"test": test, "validation": others[:count], "shifted": longer[:count]}
     for name, pairs in found.items():
         if len(pairs) < count:
             raise ValueError(f"the split {name!r} has {len(pairs)} pairs; evaluation.prompts={count} needs as many")

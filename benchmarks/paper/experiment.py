@@ -7,6 +7,8 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .methods import METHODS, PENALTY, REWARD_UNIT, SFT, UNIT, recipe_options
@@ -33,7 +35,7 @@ WINDOWS = ((8, 12), (12, 16), (16, 24), (24, 32), (32, 48))
 #: Steps of the quick version: what 75 minutes on two cores allow.
 QUICK_STEPS = 44
 #: Steps that are tried for SFT, each with a learning rate that has decayed at their end; the best is everyone's number.
-SFT_STEPS = (100, 200, 400, 800, 1600)
+SFT_STEPS = (100, 200, 400, 800, 1600, 3200, 6400)
 SEEDS = 3
 QUICK_WEIGHTS = tuple(UNIT * factor for factor in (0.3, 3))
 #: Of the unit.
@@ -82,6 +84,24 @@ class Sources:
         """Measure: the recipe's name of the cost."""
         return {"length": "length", "helpful": self.helpful, "harmless": self.harmless}
 
+    @property
+    def contents(self) -> list[str]:
+        """What stands in the files and folders that these name."""
+        return [_contents(name) for name in (self.model, self.data, self.helpful, self.harmless)]
+
+
+@lru_cache
+def _contents(name: str) -> str:
+    """A digest of a file or of the file of ``FILE:function``, names, sizes and times of a folder; empty for a name."""
+    ends = name.removeprefix("reward_model:").partition("#")[0], name.rpartition(":")[0]
+    path = next((Path(end) for end in ends if end and Path(end).exists()), None)
+    if path is None:
+        return ""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    found = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*"))
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -97,7 +117,8 @@ class Task:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps([asdict(self), self.overrides()]).encode()).hexdigest()[:12]
+        known = [asdict(self), self.overrides(), self.sources.contents]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
     @property
     def label(self) -> str:
@@ -154,31 +175,39 @@ def full(sources: Sources, done: Done, steps: int | None = None, seeds: int = SE
         for count in SFT_STEPS:
             task = replace(free, steps=count)
             yield task
-            row = _finished(task, done)
+            row = done(task)
             if row is None:
                 return
+            if row["status"] != "ok":
+                continue
             tried[count] = row["validation_nll"]
             if tried[count] > min(tried.values()):
                 break
+        if not tried:
+            return
         steps = min(tried, key=lambda count: tried[count])
     free = replace(free, steps=steps)
     plain = [replace(free, seed=seed) for seed in range(seeds)]
-    only = {m: replace(free, problem=_reward_only(m), method=PENALTY, weight=_REWARD_ONLY) for m in _REWARDS}
+    only = {m: replace(free, problem=_reward_only(m), method=PENALTY, weight=_REWARD_ONLY) for m in REWARDS}
     yield from (*plain, *only.values())
-    starts = [_finished(task, done) for task in plain]
-    if starts[0] is None or None in starts:
+    if any(done(task) is None for task in plain):
         return
+    starts = [_finished(task, done) for task in plain]  # what failed holds up what needs it alone
     reached = {m: row for m, task in only.items() if (row := _finished(task, done)) is not None}
-    bounds = {m: _halfway(m, starts[0], row) for m, row in reached.items()}
-    problems = problems_of(bounds, starts[0]["test"]["measures"]["length"]["mean"])
+    bounds = {} if starts[0] is None else {m: _halfway(m, starts[0], row) for m, row in reached.items()}
+    problems = problems_of(bounds, None if starts[0] is None else starts[0]["test"]["measures"]["length"]["mean"])
     for seed in range(seeds):
         for problem in problems:
+            if problem.start == "sft" and starts[seed] is None:
+                continue
             one = replace(free, problem=problem, seed=seed)
             yield from (replace(one, method=name) for name in METHODS)
             yield from _penalties(replace(one, method=PENALTY), done)
 
 
-_REWARDS = ("helpful", "harmless")
+REWARDS = ("helpful", "harmless")
+#: Problems whose bounds the runs for a reward alone decide about.
+REWARD_PROBLEMS = (*REWARDS, "helpful and harmless")
 
 
 def _finished(task: Task, done: Done) -> Row | None:
@@ -197,18 +226,19 @@ def _halfway(measure: str, plain: Row, reached: Row) -> Bound:
     return Bound(measure, measure, lower=round((low + high) / 2, 3))
 
 
-def problems_of(rewards: dict[str, Bound], sft_length: float) -> list[Problem]:
-    """All problems of the full version, those with rewards as far as their bounds are known.
+def problems_of(rewards: dict[str, Bound], sft_length: float | None) -> list[Problem]:
+    """All problems of the full version, those that other runs decide about as far as these are known.
 
     Args:
         rewards: The bounds of the rewards.
         sft_length: Mean length of SFT's responses, which the window of the feasible start holds.
     """
+    near = [] if sft_length is None else [(math.floor(0.75 * sft_length), math.ceil(1.25 * sft_length))]
     return [
         *(window(*bounds) for bounds in WINDOWS),
         *(Problem(name, (bound,), 64) for name, bound in rewards.items()),
-        *([Problem("helpful and harmless", tuple(rewards.values()), 64)] if len(rewards) == len(_REWARDS) else []),
-        window(math.floor(0.75 * sft_length), math.ceil(1.25 * sft_length), "feasible start: length", start="sft"),
+        *([Problem(REWARD_PROBLEMS[-1], tuple(rewards.values()), 64)] if len(rewards) == len(REWARDS) else []),
+        *(window(*bounds, "feasible start: length", start="sft") for bounds in near),
         Problem("infeasible together", (Bound("short", "length", upper=8.0), Bound("long", "length", lower=20.0)), 48),
     ]
 

@@ -19,7 +19,7 @@ _COLORS = {
     "penalty": "#6c757d",
     "SFT": "#000000",
 }
-_MARKERS = "osDv^<>"
+_MARKERS = "osDv^<>Pdhp8"
 
 
 def _figure(width: float, height: float) -> Any:
@@ -82,13 +82,16 @@ def ends(rows: list[Row]) -> Any:
     lines = -(-len(places) // columns)
     figure = _figure(4.6 * columns, 3.4 * lines + 0.5)
     panels = figure.subplots(lines, columns, squeeze=False).reshape(-1)
+    # Weights are others in other problems; each has its own marker and line in the legend.
+    bounded = [row for part in by_problem(rows).values() for row in part]
+    markers = {name_of(group[0]): _MARKERS[k % len(_MARKERS)] for k, group in enumerate(by_method(bounded))}
     for panel, (name, bound, part) in zip(panels, places, strict=False):
-        for k, group in enumerate(by_method(part)):
+        for group in by_method(part):
             for row in (row for row in group if row["status"] == "ok"):
                 at, more = row["test"]["measures"][bound.measure], change(row, plain)
                 if more is None:
                     continue
-                style = {"color": _COLORS[row["task"]["method"]], "marker": _MARKERS[k % len(_MARKERS)], "ls": "none"}
+                style = {"color": _COLORS[row["task"]["method"]], "marker": markers[name_of(row)], "ls": "none"}
                 label = name_of(row) if row is group[0] else None
                 panel.errorbar(at["mean"], 100 * more, xerr=1.96 * at["stderr"], ms=5, lw=0.8, label=label, **style)
         for row in plain.values():
@@ -109,9 +112,10 @@ def ends(rows: list[Row]) -> Any:
         _plain(panel)
     for panel in panels[len(places) :]:
         panel.set_visible(False)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False
-    )
+    shown = {label: handle for p in panels for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
+    labels = [label for label in markers if label in shown]
+    handles = [shown[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return figure
 
 

@@ -15,9 +15,9 @@ from ..environment import hardware, implementation, revision
 from ..environment import versions as environment_versions
 from ..output import LAYOUT, path_of, stamp
 from ..tables import markdown_table, number
-from .experiment import Row
+from .experiment import QUICK_STEPS, SFT_STEPS, Row
 from .groups import bounds_of, by_method, by_problem, change, name_of, reward_only, sft_rows
-from .methods import ABOUT, DEFAULT, L3M, MM, MODIFIED
+from .methods import ABOUT, DEFAULT, L3M, MM, MODIFIED, SFT
 from .run import versions
 from .targets import satisfied, search_lines, targets
 
@@ -76,13 +76,16 @@ def _held_out(split: str, rows: list[Row], plain: dict[int, Row]) -> list[str]:
 _HELD_OUT = ["NLL", "to SFT", "perplexity", "mean", "verdict", "censored"]
 
 
-def _named(row: Row) -> str:
-    return f"**{name_of(row)}**" if row["task"]["method"] in (DEFAULT, MODIFIED) else name_of(row)
+def _named(group: list[Row], rows: list[Row]) -> str:
+    """The method, and which seeds where not all are there."""
+    name, own, every = name_of(group[0]), [r["task"]["seed"] for r in group], {r["task"]["seed"] for r in rows}
+    name = f"**{name}**" if group[0]["task"]["method"] in (DEFAULT, MODIFIED) else name
+    return name if every == set(own) else f"{name}, seed {', '.join(map(str, own))}"
 
 
 def held_out_table(rows: list[Row], plain: dict[int, Row], split: str) -> str:
     """A line for each method on one problem."""
-    body = [[_named(group[0]), *_held_out(split, group, plain)] for group in by_method(rows)]
+    body = [[_named(group, rows), *_held_out(split, group, plain)] for group in by_method(rows)]
     return markdown_table(["", *_HELD_OUT], body)
 
 
@@ -90,7 +93,7 @@ def training_table(rows: list[Row]) -> str:
     """A line for each method on one problem: what happened during the run, and what it took."""
     body = [
         [
-            _named(group[0]),
+            _named(group, rows),
             _each(group, lambda r: str(r["training"]["feasible_at"] or "never")),
             _each(group, lambda r: f"{r['training']['infeasible_share']:.0%}"),
             _each(group, _multipliers),
@@ -221,14 +224,28 @@ def section(document: dict[str, Any], pictures: dict[str, Path], page: Path) -> 
     what = f"{sources['model']} on {sources['data']}; {counts}"
     at_once = f"{settings['processes'] or 1} at a time with {settings['threads']} thread(s) each"
     took = f"{len(good)} runs, {spent:.1f} hours of training and evaluation in all ({cores:.1f} of a core), {at_once}"
-    short = f" {steps[0]} steps are what the time of the quick version allows, not where SFT's NLL stops falling."
+    codes = {row["code"] for row in rows}
+    tried = [
+        (row["validation_nll"], row["task"]["steps"])
+        for row in good
+        if row["task"]["method"] == SFT and row["task"]["seed"] == 0
+    ]
+    notes = [f"{what}. {took}; peak memory of a process {memory:.1f} GB."]
+    if settings["quick"]:
+        why = "what the time of the quick version allows" if steps == [QUICK_STEPS] else "what was asked for"
+        notes.append(f"{steps[0]} steps are {why}, not where SFT's NLL stops falling.")
+    elif len(tried) > 1 and min(tried)[1] == SFT_STEPS[-1]:
+        notes.append(f"SFT's validation NLL was still falling at {SFT_STEPS[-1]} steps, the most that are tried.")
+    if len(codes) > 1:
+        notes.append(f"**The rows are of {len(codes)} versions of the code**; the result file says which.")
+    reached = targets(rows, complete=document["complete"])
     where = [document["case"], document["hardware"]["name"]]
     parts = [
         f"## {'Quick' if settings['quick'] else 'Full'} version, {', '.join(filter(None, where))}",
         stamp(document),
-        f"{what}. {took}; peak memory of a process {memory:.1f} GB.{short if settings['quick'] else ''}",
+        " ".join(notes),
         splits_table(rows),
-        "### Targets\n\n" + markdown_table(["target", "measured", "reached"], targets(rows)),
+        "### Targets\n\n" + markdown_table(["target", "measured", "reached"], reached),
         claims_table(rows),
     ]
     found = search_lines(rows)

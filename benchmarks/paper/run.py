@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import barrierlm_kernels
 import torch
+from filelock import FileLock
 
 import barrierlm
 from barrierlm.files import replacing
@@ -28,6 +29,7 @@ from barrierlm.recipes.config import load_options
 from barrierlm.recipes.finetune import train
 from barrierlm.recipes.workspace import Workspace, open_workspace
 
+from ..environment import device_name
 from .evaluate import described, evaluate_on, splits
 from .experiment import Row, Task, sft_task
 from .methods import SFT
@@ -59,12 +61,13 @@ def versions() -> dict[str, str | None]:
 
 @lru_cache
 def fingerprint() -> str:
-    """Of the code that a run depends on, so that old rows are not mixed with new. Its options are in its key."""
+    """Of the code and the machine that a run depends on, so that rows are not mixed. Its options are in its key."""
     library, here = Path(barrierlm.__file__).parent, Path(__file__).parent
-    files = [*library.glob("*.py"), *(library / "recipes").glob("*.py")]
+    files = [*library.glob("*.py"), *(library / "recipes").glob("*.py"), library / "integrations" / "costs.py"]
     files += [p for p in Path(barrierlm_kernels.__file__).parent.rglob("*.py") if not p.name.startswith("triton")]
     files += [here / f"{name}.py" for name in ("rewards", "evaluate", "run", "scores")]
-    digest = hashlib.sha256(json.dumps(versions()).encode())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    digest = hashlib.sha256(json.dumps([versions(), device_name(device)]).encode())
     for file in sorted(files):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
@@ -97,12 +100,22 @@ class Cache:
         return self.folder / fingerprint() / task.key
 
     def add(self, row: Row) -> None:
-        """Keep a row; it is on the disk before this returns."""
+        """Keep a row; it is on the disk before this returns, and then the run's checkpoints go."""
         self.folder.mkdir(parents=True, exist_ok=True)
         cut_off = self.file.exists() and self.file.read_bytes()[-1:] not in (b"", b"\n")
         with self.file.open("a", encoding="utf-8") as file:
             file.write("\n" * cut_off + json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.rows[row["key"]] = row
+        if row["status"] == "ok":
+            for checkpoint in (self.folder / row["code"] / row["key"] / "checkpoints").glob("*"):  # 60 MB each
+                checkpoint.unlink()
+
+    def alone(self) -> FileLock:
+        """To be held while runs are made: two commands would write into the same runs."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / "lock", timeout=0)
 
 
 def execute(task: Task, folder: Path, threads: int | None = None) -> Row:
@@ -115,10 +128,11 @@ def execute(task: Task, folder: Path, threads: int | None = None) -> Row:
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    row = {"key": task.key, "code": fingerprint(), "task": asdict(task), "threads": torch.get_num_threads()}
+    row: Row = {"key": task.key, "code": fingerprint(), "task": asdict(task), "options": task.overrides()}
+    row["threads"] = torch.get_num_threads()
     cache, began = Cache(folder), time.process_time()
     try:
-        found = {"status": "ok"} | _run(task, cache)
+        found: Row = {"status": "ok"} | _run(task, cache)
     except Exception as error:
         traceback.print_exc()
         found = {"status": "failed", "error": traceback.format_exception_only(error)[-1].strip()}
@@ -135,11 +149,13 @@ def _run(task: Task, cache: Cache) -> Row:
     loaded = time.perf_counter() - began
     if task.problem.start == "sft":
         _load_weights(workspace, cache.home(sft_task(task)) / "weights.pt")
+    pairs = splits(workspace)  # before the training, which takes longer: there may be too few
     train(workspace, folder, constrained=bool(options.constraints), label=task.label)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    if len(lines) != task.steps:
+        raise RuntimeError(f"metrics.jsonl has {len(lines)} lines after {task.steps} steps; remove {folder}")
     bounds = task.problem.bounds
     training = of_training(lines, bounds, options.rollout.prompts * options.rollout.responses_per_prompt)
-    pairs = splits(workspace)
     scales = training.get("scales", {})
     found: Row = {"training": training, "loading_seconds": round(loaded, 1)}
     found |= {name: evaluate_on(workspace, pairs[name], task.sources, bounds, scales) for name in ("test", "shifted")}
@@ -151,8 +167,6 @@ def _run(task: Task, cache: Cache) -> Row:
         )["nll"]
         with replacing(folder / "weights.pt") as file:
             torch.save([p.detach().cpu() for p in workspace.policy.trained()], file)
-    for checkpoint in (folder / "checkpoints").glob("*"):  # 60 MB each, and the run is done
-        checkpoint.unlink()
     # Of the process: with one process for all runs, the largest so far.
     found["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     if torch.cuda.is_available():
@@ -183,7 +197,8 @@ def run_all(tasks: list[Task], cache: Cache, processes: int, threads: int | None
         while waiting and len(running) < processes:
             task = waiting.pop(0)
             receiver, sender = context.Pipe(duplex=False)
-            child = context.Process(target=_child, args=(task, cache.folder, threads, sender), daemon=True)
+            known = task.key, fingerprint()
+            child = context.Process(target=_child, args=(task, known, cache.folder, threads, sender), daemon=True)
             child.start()
             sender.close()  # so that its end is the end of the pipe
             running[receiver] = task, child
@@ -200,9 +215,14 @@ def run_all(tasks: list[Task], cache: Cache, processes: int, threads: int | None
             yield row
 
 
-def _child(task: Task, folder: Path, threads: int | None, sender: Connection) -> None:
+def _child(task: Task, known: tuple[str, str], folder: Path, threads: int | None, sender: Connection) -> None:
+    """``known``: key and fingerprint where the run was planned; this process has read the files anew."""
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    sender.send(execute(task, folder, threads))
+    if (task.key, fingerprint()) == known:
+        sender.send(execute(task, folder, threads))
+    else:
+        row = {"key": known[0], "code": known[1], "task": asdict(task), "status": "failed"}
+        sender.send(row | {"error": "code, options or data have changed since the command began; start it again"})
 
 
 def _end_with_parent(parent: int) -> None:

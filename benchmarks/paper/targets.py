@@ -15,7 +15,7 @@ _HELD, _OTHER = 0.03, 0.08
 #: So many runs are all named; of more, those that missed.
 _FEW = 3
 
-#: Target, what was measured, "yes", "no" or "open".
+#: Target, what was measured, "yes", "no", "so far" where runs are missing or failed and the others reach it, or "open".
 Line = tuple[str, str, str]
 
 
@@ -34,18 +34,23 @@ def _of(rows: list[Row], method: str) -> dict[int, Row]:
     return {row["task"]["seed"]: row for row in rows if row["task"]["method"] == method}
 
 
-def _sum_up(target: str, parts: list[tuple[str, bool]]) -> Line:
+def _sum_up(target: str, parts: list[tuple[str, bool]], reached: str) -> Line:
     if not parts:
         return target, "no run says so yet", "open"
     missed = [text for text, ok in parts if not ok]
     shown = [text for text, _ in parts] if len(parts) <= _FEW else missed
     count = f"{len(parts) - len(missed)} of {len(parts)}"
     text = f"{count}{', not' if len(parts) > _FEW and shown else ''}{': ' if shown else ''}{'; '.join(shown)}"
-    return target, text, "no" if missed else "yes"
+    return target, text, "no" if missed else reached
 
 
-def targets(rows: list[Row]) -> list[Line]:
-    """The targets, in order."""
+def targets(rows: list[Row], *, complete: bool) -> list[Line]:
+    """The targets, in order.
+
+    Args:
+        rows: Of a result.
+        complete: Whether they are all that there should be, and none failed.
+    """
     plain = sft_rows(rows)
     windows = {name: part for name, part in by_problem(rows).items() if is_window(part)}
     met: list[tuple[str, bool]] = []
@@ -66,13 +71,14 @@ def targets(rows: list[Row]) -> list[Line]:
                 assert bound.upper is not None
                 inside = bound.lower <= own <= bound.upper
                 (held if inside else other).append((f"{at} {more:+.1%}", more <= (_HELD if inside else _OTHER)))
-    return [
-        _sum_up("every window met on held-out prompts by the default, every seed", met),
-        _sum_up(f"NLL within {_HELD:.0%} of SFT's, windows that hold SFT's own length", held),
-        _sum_up(f"NLL within {_OTHER:.0%} of SFT's, other windows", other),
-        _sum_up("NLL not above MM's where both meet the bounds", list(_against_mm(rows))),
-        _sum_up("at most half of MM's share of infeasible steps in the last quarter", list(_half_of_mm(rows))),
-    ]
+    lines = {
+        "every window met on held-out prompts by the default, every seed": met,
+        f"NLL within {_HELD:.0%} of SFT's, windows that hold SFT's own length": held,
+        f"NLL within {_OTHER:.0%} of SFT's, other windows": other,
+        "NLL not above MM's where both meet the bounds": list(_against_mm(rows)),
+        "at most half of MM's share of infeasible steps in the last quarter": list(_half_of_mm(rows)),
+    }
+    return [_sum_up(target, parts, "yes" if complete else "so far") for target, parts in lines.items()]
 
 
 def _pairs(rows: list[Row]) -> Iterator[tuple[str, Row, Row]]:
@@ -101,8 +107,8 @@ def _half_of_mm(rows: list[Row]) -> Iterator[tuple[str, bool]]:
 def search_lines(rows: list[Row]) -> list[list[str]]:
     """By problem: the search for a penalty's weight against one run of the default.
 
-    Problem, weights, steps of the search over those of one run, responses likewise, the weight that was kept, and what
-    it ended with.
+    Problem, weights, steps of the search over those of one run, weights that met, the one that was kept, and what it
+    ended with.
     """
     lines = []
     for name, part in by_problem(rows).items():
