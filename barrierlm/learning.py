@@ -32,6 +32,8 @@ _UNIT_START, _UNIT_GROWTH, _UNIT_END, _UNIT_SHARE = 0.01, 1.1, 1e3, 0.3
 _NARROWEST, _WIDEST = 0.25, 10.0
 #: Of one that does not come down: how much counts in a step, and the share of the multiplier that the step grows with.
 _FAR_STEP, _GROWTH = 0.3, 0.2
+#: By how many windows multipliers are ahead of a sampled estimate that moves, and the most that this makes of z.
+_AHEAD, _FARTHEST = 4.0, 4.0
 
 
 def _psi(u: Tensor, curvature: Tensor) -> Tensor:
@@ -67,6 +69,8 @@ class _Bound:
     seen: float = 0.0
     lasting: float = 0.0
     noisy: float = 0.0
+    previous: float = math.inf  # z; no number: there is none to be compared with
+    ahead: float = 0.0
     frozen_mu: float = 0.0
     smallest_seen: float = math.inf
     held: float = 0.0
@@ -103,6 +107,9 @@ class _Learner(Rule):
     - Averaging is what a decaying step is for, and the noise that the barrier's own slope lets through, 1/mu, has to
       fall with it. Age t counts the windows up to the estimate's last crossing of the bound: what stays on one side
       still has something to learn, what crosses swings around it, from noise or from delay (Kesten's rule).
+    - Estimates, optimizer and policy all lag, and a barrier that answers to what was makes a swing of it. So multipliers
+      in force answer to z four windows ahead: its last change, less a standard error, times four; at most 4 scales.
+      In the noise around a bound that is nearly always 0.
     - While a violation is coming down (it is a twentieth, and a standard error, below its average over the last
       `patience` windows) its multiplier waits: an optimizer takes its time, and what adds up meanwhile would overshoot,
       which a policy that has collapsed never undoes. Otherwise a step counts at most 0.3 of it.
@@ -129,8 +136,10 @@ class _Learner(Rule):
     units, found, learned = _Column(), _Column(), _Column()
     age, side, uncrossed = _Column(), _Column(), _Column()
     average, seen, lasting, noisy = _Column(), _Column(), _Column(), _Column()
+    previous, ahead = _Column(), _Column()
     _nonnegative: tuple[str, ...] = ("units", "found", "learned", "age", "uncrossed", "seen", "lasting", "noisy")
-    _learned: tuple[str, ...] = (*_nonnegative, "side", "average")
+    _learned: tuple[str, ...] = (*_nonnegative, "side", "average", "previous", "ahead")
+    _unbounded: tuple[str, ...] = ("previous",)
 
     def __init__(self, step: float, decay: float, patience: int, unit: float | str) -> None:
         if unit != "auto" and not (isinstance(unit, int | float) and unit > 0 and math.isfinite(unit)):
@@ -179,25 +188,28 @@ class _Learner(Rule):
         """The last of `_tensors`."""
         return self._growth(b)
 
-    def _tensors(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Units, learned multipliers, `_own` and `_curvature` [m] of all bounds, like z; made once for a step."""
+    def _tensors(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Units, learned multipliers, `_own`, `_curvature` and how far ahead [m], like z; made once for a step."""
         if self._made is None or self._made[0] is not self._bounds:
-            rows = zip(*((b.units, b.learned, self._own(b), self._curvature(b)) for b in self._bounds), strict=True)
-            self._made = self._bounds, vector([x for row in rows for x in row]).view(4, -1)
-        units, learned, own, curvature = self._made[1].to(z).unbind()
-        return units, learned, own, curvature
+            each = ((b.units, b.learned, self._own(b), self._curvature(b), b.ahead) for b in self._bounds)
+            self._made = self._bounds, vector([x for row in zip(*each, strict=True) for x in row]).view(5, -1)
+        units, learned, own, curvature, ahead = self._made[1].to(z).unbind()
+        return units, learned, own, curvature, ahead
 
     def _curvature(self, b: _Bound) -> float:
         """The share of the parabola's curvature: all of it for exact bounds, else as long as a violation has lasted."""
         return min(1.0, b.lasting / self.patience) if b.noisy > 0 else 1.0
 
     def _modified(self, b: _Bound, z: float, mu: float) -> Force:
-        """The modified barrier of one bound, whose mu in force is ``mu``."""
+        """The modified barrier of one bound, whose mu in force is ``mu``, at z as it is ahead."""
         psi, slope = _psi_at(z / mu, self._curvature(b))
         return Force(b.units * (b.learned * slope), b.units * (mu * b.learned * psi), b.units * mu, mu * mu)
 
     def _take(self, b: _Bound, r: Reading) -> bool:
         """Take a reading in, z into its slow average; whether a violation is clearly below that."""
+        change = 0.0 if math.isinf(b.previous) else r.z - b.previous
+        beyond = _AHEAD * max(abs(change) - r.stderr, 0.0) if r.stderr > 0 else 0.0
+        b.previous, b.ahead = r.z, math.copysign(min(beyond, _FARTHEST), change)
         b.noisy = max(b.noisy, float(r.stderr > 0))  # samples that are all equal do not make a bound exact
         share = 1 / self.patience
         b.seen = (1 - share) * b.seen + share
@@ -288,15 +300,15 @@ class ModifiedBarrier(_Learner):
         self.mu = float(mu)
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-        """mu lambda psi(z/mu) [m]."""
-        units, learned, growth, curvature = self._tensors(z)
+        """mu lambda psi(z/mu) [m], of z as it is ahead."""
+        units, learned, growth, curvature, ahead = self._tensors(z)
         mu = mu * growth
-        return units * mu * learned * _psi(z / mu, curvature)
+        return units * mu * learned * _psi((z + ahead) / mu, curvature)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-        """lambda psi'(z/mu) [m]."""
-        units, learned, growth, curvature = self._tensors(z)
-        return units * learned * _psi_slope(z / (mu * growth), curvature)
+        """lambda psi'(z/mu) [m], of z as it is ahead."""
+        units, learned, growth, curvature, ahead = self._tensors(z)
+        return units * learned * _psi_slope((z + ahead) / (mu * growth), curvature)
 
     def _step(self, readings: Readings, mu: list[float]) -> None:
         """The damped multiplier step of every measured bound."""
@@ -311,13 +323,14 @@ class ModifiedBarrier(_Learner):
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The mu that noise has let grow."""
-        units, _, growth, _ = self._tensors(mu)
+        units, _, growth, _, _ = self._tensors(mu)
         mu = mu * growth
         return units * mu, mu**2
 
     def _forces(self, z: list[float], mu: list[float], s: list[float]) -> list[Force]:
         """See `Rule._forces`."""
-        return [self._modified(b, at, m * self._growth(b)) for b, at, m in zip(self._bounds, z, mu, strict=True)]
+        given = zip(self._bounds, z, mu, strict=True)
+        return [self._modified(b, at + b.ahead, m * self._growth(b)) for b, at, m in given]
 
 
 class AdaptiveBarrier(_Learner):
@@ -355,7 +368,7 @@ class AdaptiveBarrier(_Learner):
     frozen_mu, smallest_seen, held = _Column(), _Column(), _Column()
     _learned = (*_Learner._learned, "frozen_mu", "smallest_seen", "held")
     _nonnegative = (*_Learner._nonnegative, "frozen_mu", "smallest_seen", "held")
-    _unbounded = ("smallest_seen",)
+    _unbounded = (*_Learner._unbounded, "smallest_seen")
 
     #: The share of s from which on the noise counts as having stopped mu: just under one AdaptiveSchedule step.
     _STOPPED = 0.8
@@ -397,14 +410,16 @@ class AdaptiveBarrier(_Learner):
         return torch.where(torch.tensor(handed_over, device=device), modified(), relaxed())
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-        """The penalty [m] of whichever half is in force."""
-        units, learned, own, curvature = self._tensors(z)
+        """The penalty [m] of whichever half is in force, of z as it is ahead."""
+        units, learned, own, curvature, ahead = self._tensors(z)
+        z = z + ahead
         relaxed = partial(self._relaxed.value, z, mu, s)
         return units * self._mix(lambda: own * learned * _psi(z / own, curvature), relaxed, z.device)
 
     def multiplier(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-        """The multiplier [m] of whichever half is in force."""
-        units, learned, own, curvature = self._tensors(z)
+        """The multiplier [m] of whichever half is in force, of z as it is ahead."""
+        units, learned, own, curvature, ahead = self._tensors(z)
+        z = z + ahead
         relaxed = partial(self._relaxed.multiplier, z, mu, s)
         return units * self._mix(lambda: learned * _psi_slope(z / own, curvature), relaxed, z.device)
 
@@ -428,14 +443,16 @@ class AdaptiveBarrier(_Learner):
                 # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
                 b.frozen_mu = max(m, math.sqrt(r.noise))
                 # The modified barrier goes on with the multiplier that the relaxed one stands at.
-                relaxed = relaxed_force(r.z, b.frozen_mu, b.frozen_mu * b.frozen_mu)
-                slope = _psi_at(r.z / b.frozen_mu, self._curvature(b))[1]
+                at = r.z + b.ahead
+                relaxed = relaxed_force(at, b.frozen_mu, b.frozen_mu * b.frozen_mu)
+                slope = _psi_at(at / b.frozen_mu, self._curvature(b))[1]
                 b.learned = relaxed.multiplier / slope if slope > 0 else 0.0  # 0 where z / mu is no number
+                b.previous = math.inf  # the bound may be drawn in from here on, which is no change of the estimate
         self._bounds = bounds
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The frozen mu, as noise has let it grow, where the bound has been handed over."""
-        units, _, own, _ = self._tensors(mu)
+        units, _, own, _, _ = self._tensors(mu)
         return (
             units * self._mix(lambda: own, lambda: mu, mu.device),
             self._mix(lambda: own * own, lambda: s, mu.device),
@@ -446,6 +463,7 @@ class AdaptiveBarrier(_Learner):
         return [self._force(*given) for given in zip(self._bounds, z, mu, s, strict=True)]
 
     def _force(self, b: _Bound, z: float, mu: float, s: float) -> Force:
+        z += b.ahead
         if b.frozen_mu > 0:
             return self._modified(b, z, self._own(b))
         relaxed = relaxed_force(z, mu, s)
