@@ -107,9 +107,9 @@ class _Learner(Rule):
     - Averaging is what a decaying step is for, and the noise that the barrier's own slope lets through, 1/mu, has to
       fall with it. Age t counts the windows up to the estimate's last crossing of the bound: what stays on one side
       still has something to learn, what crosses swings around it, from noise or from delay (Kesten's rule).
-    - Estimates, optimizer and policy all lag, and a barrier that answers to what was makes a swing of it. So multipliers
-      in force answer to z four windows ahead: its last change, less a standard error, times four; at most 4 scales.
-      In the noise around a bound that is nearly always 0.
+    - Estimates, optimizer and policy all lag, and a barrier that answers to what was makes a swing of it. So the
+      multipliers in force answer to z four windows ahead: its last change, less a standard error, times four; at most 4
+      scales. In the noise around a bound that is nearly always 0.
     - While a violation is coming down (it is a twentieth, and a standard error, below its average over the last
       `patience` windows) its multiplier waits: an optimizer takes its time, and what adds up meanwhile would overshoot,
       which a policy that has collapsed never undoes. Otherwise a step counts at most 0.3 of it.

@@ -1,6 +1,7 @@
 """Rules against the NumPy twin, and the laws of barriers as properties."""
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -312,6 +313,51 @@ def test_hand_over_keeps_the_multiplier(z, mu):
     rule.update(readings(z, noise=mu**2), mu_t, mu_t**2)
     assert rule.learning.all()
     assert rule.multiplier(torch.tensor([z], dtype=F64), mu_t, mu_t**2).item() == pytest.approx(before.item())
+
+
+def ahead_of(before, now, stderr):
+    """What is added to z: four times the last change, less a standard error, and 4 at most."""
+    return math.copysign(min(4 * max(abs(now - before) - stderr, 0), 4), now - before)
+
+
+@pytest.mark.parametrize("make_rule", [ModifiedBarrier, AdaptiveBarrier])
+@given(before=st.floats(-5, 5), now=st.floats(-5, 5), stderr=st.floats(1e-3, 1.0), mu=st.floats(0.2, 5.0))
+def test_multipliers_of_a_moving_estimate_are_those_of_where_it_goes(make_rule, before, now, stderr, mu):
+    """In both halves of the default: it hands over where mu is at most 0.5, and tightens above."""
+    rule, mu = make_rule(), torch.tensor([mu], dtype=F64)
+    rule.start(1)
+    for z in (before, before, now) if mu > 0.5 else (before, now):  # what is handed over has nothing to compare with
+        rule.update(readings(z, noise=stderr), mu, mu**2)
+    expected = 0.0 if mu <= 0.5 and isinstance(rule, AdaptiveBarrier) else ahead_of(before, now, stderr)
+    assert rule.ahead.item() == pytest.approx(expected)
+    there, z = deepcopy(rule), torch.tensor([now], dtype=F64)
+    there.ahead = torch.zeros(1)
+    for what in (rule.multiplier, rule.value):
+        found, wanted = what(z, mu, mu**2), getattr(there, what.__name__)(z + expected, mu, mu**2)
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("make_rule", [ModifiedBarrier, AdaptiveBarrier])
+def test_neither_noise_nor_exact_values_are_looked_ahead_of(make_rule):
+    one = torch.ones(1, dtype=F64)
+    for values, noise in (((0.1, -0.1, 0.15, 0.0), 0.3), ((-3.0, 2.0, -1.0), 0.0), ((2.0,), 0.1)):
+        rule = make_rule()
+        rule.start(1)
+        for z in values:
+            rule.update(readings(z, noise=noise), one, one)
+            assert rule.ahead.item() == 0
+
+
+def test_the_margin_of_the_hand_over_is_no_change_of_the_estimate():
+    """In the window after it z is that of a bound that has been drawn in."""
+    rule, mu = AdaptiveBarrier(), torch.full((1,), 0.5, dtype=F64)
+    rule.start(1)
+    rule.update(readings(-0.2, noise=0.01), mu, mu**2)
+    assert rule.draws_in(0)
+    rule.update(readings(0.05, noise=0.01), mu, mu**2)
+    assert rule.ahead.item() == 0
+    rule.update(readings(0.3, noise=0.01), mu, mu**2)
+    assert rule.ahead.item() == pytest.approx(4 * 0.24)
 
 
 def test_a_late_noisy_bound_does_not_inherit_a_small_mu():

@@ -40,6 +40,7 @@ def test_a_step_asks_for_the_same_as_numbers(rule, data, mu, s):
     if hasattr(rule, "age"):
         rule.age, rule.learned = torch.tensor([0.0, 3, 50, 1e4]), torch.tensor([0.0, 0.5, 1, 1e4])
         rule.noisy = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        rule.ahead = torch.tensor([0.0, -0.7, 2.0, 1.5])
     if hasattr(rule, "frozen_mu"):
         rule.frozen_mu = torch.tensor([0.0, 0.0, 0.5, mu])
     at, mu, s = torch.tensor(z, dtype=F64), torch.full((4,), mu, dtype=F64), torch.full((4,), s, dtype=F64)
