@@ -831,11 +831,13 @@ def test_every_weight_is_in_the_legend(done):
 # ---- the surrogate
 
 
-def shares(method: str, *options: str, steps: int, bounds: tuple[float, float] = (24, 32)) -> tuple[float, float]:
-    """Of six runs in a window: mean shares outside, of estimates and of the policy's own mean."""
+def shares(
+    method: str, *options: str, steps: int, bounds: tuple[float, float] = (24, 32)
+) -> tuple[float, float, float]:
+    """Of six runs in a window, mean shares outside: of estimates, of the policy's own mean, and of that before."""
     task = Task(window(*bounds), method, 0, steps, Sources(extra=options))
     runs = [simulate(dataclasses.replace(task, seed=seed), speed) for seed in range(3) for speed in SPEEDS]
-    return sum(c.infeasible for c in runs) / 6, sum(c.outside for c in runs) / 6
+    return tuple(sum(getattr(c, name) for c in runs) / 6 for name in ("infeasible", "outside", "before"))
 
 
 def test_bounds_drawn_in_keep_the_estimates_of_learned_multipliers_inside():
@@ -850,6 +852,20 @@ def test_the_default_is_outside_half_as_often_as_min_max_training():
     """After 100 steps, over all windows: late estimates swing less where multipliers at most double at first."""
     default, minmax = (sum(shares(m, steps=100, bounds=w)[0] for w in WINDOWS) for m in (DEFAULT, MM))
     assert default < 0.5 * minmax
+
+
+def test_looking_ahead_makes_swings_smaller(monkeypatch):
+    """Of the policy itself, before the last quarter: what a swing is like that ends as the steps become small."""
+
+    def before(steps, method=DEFAULT):
+        return sum(shares(method, steps=steps, bounds=w)[2] for w in WINDOWS) / len(WINDOWS)
+
+    ahead = before(44), before(100)
+    assert ahead[1] < 0.9 * before(100, MM)
+    monkeypatch.setattr("barrierlm.learning._AHEAD", 0.0)
+    behind = before(44), before(100)
+    assert ahead[0] < 0.9 * behind[0]
+    assert ahead[1] < 0.75 * behind[1]
 
 
 def test_the_surrogate_is_reproducible_and_takes_windows_of_length_only():

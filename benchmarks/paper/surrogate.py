@@ -46,10 +46,15 @@ _COMPARED = (
 
 @dataclass(frozen=True)
 class Course:
-    """Of a run's last quarter: the shares of steps with an estimate outside, and with the policy's own mean outside."""
+    """Shares of a run's steps: with an estimate outside, with the policy's own mean outside.
+
+    ``infeasible`` and ``outside`` are of the last quarter, where steps have become small; ``before`` is the policy's of
+    the two quarters before that, in which a run may swing that ends well.
+    """
 
     infeasible: float
     outside: float
+    before: float
 
 
 def simulate(task: Task, speed: float) -> Course:
@@ -92,7 +97,11 @@ def simulate(task: Task, speed: float) -> Course:
         objective.step()
         estimates.append({value: objective.report()[0].estimate})
         means.append({value: (1 - (1 - p) ** cap) / p})
-    return Course(*(infeasible_share(inside(lines, [bound])) for lines in (estimates, means)))
+    own = inside(means, [bound])
+    middle = own[task.steps // 4 : task.steps - max(1, task.steps // 4)]
+    return Course(
+        infeasible_share(inside(estimates, [bound])), infeasible_share(own), 1 - fmean(middle) if middle else math.nan
+    )
 
 
 def _one(job: tuple[Task, float]) -> Course:
@@ -101,7 +110,7 @@ def _one(job: tuple[Task, float]) -> Course:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table of methods: shares of the last quarter's steps with an estimate (the policy's own mean) outside."""
+    """Print a table of methods: steps outside, estimates in the last quarter (the policy there; in the two before)."""
     parser = argparse.ArgumentParser("python -m benchmarks.paper.surrogate", description=main.__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 300])
     parser.add_argument("--seeds", type=int, default=12)
@@ -119,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for task in tasks:
                     jobs = [(replace(task, seed=k), speed) for k in range(arguments.seeds) for speed in SPEEDS]
                     found = list(pool.map(_one, jobs))
-                    estimates, own = (fmean(c.infeasible for c in found), fmean(c.outside for c in found))
-                    cells.append(f"{estimates:.0%} ({own:.0%})")
+                    shares = (fmean(getattr(c, name) for c in found) for name in ("infeasible", "outside", "before"))
+                    cells.append("{:.0%} ({:.0%}; {:.0%})".format(*shares))
                 table.append([str(steps), name, *cells])
     print(markdown_table(header, table))
     return 0
