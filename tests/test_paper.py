@@ -534,6 +534,29 @@ def test_a_second_command_is_refused_while_one_is_at_work(done, capsys):
     assert (done / "cache" / "rows.jsonl").read_bytes() == before
 
 
+def test_rows_of_an_earlier_result_are_kept_but_for_the_methods_named(done, tmp_path, monkeypatch, capsys):
+    (earlier,) = (done / "out").glob("*.json")
+    before = result_of(done)["rows"]
+    monkeypatch.setattr(run, "fingerprint", lambda: "other")
+    again = [*command(done, "quick", "--methods", DEFAULT, "--keep", str(earlier)), "--out", str(tmp_path)]
+    again += ["--cache", str(tmp_path / "cache"), "--page", str(tmp_path / "page.md")]
+    assert main(again) == 0
+    rows = json.loads((tmp_path / earlier.name).read_text(encoding="utf-8"))["rows"]
+    assert [row["code"] == "other" for row in rows] == [row["task"]["method"] == DEFAULT for row in before]
+    assert [row for row in rows if row["code"] != "other"] == [r for r in before if r["task"]["method"] != DEFAULT]
+    assert "The rows are of 2 versions of the code" in (tmp_path / "page.md").read_text(encoding="utf-8")
+    monkeypatch.setattr("benchmarks.paper.methods._HINGE", 1e-5)  # rows of other options are not kept
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.paper.__main__.run_all", lambda *_: iter(()))
+        patch.setattr("benchmarks.paper.__main__._wanted", lambda *_: False)
+        assert main(again) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert {row["task"]["method"] for row in json.loads(path.read_text("utf-8"))["rows"]} == set(METHODS[:3]) | {SFT}
+    with pytest.raises(SystemExit):
+        main(["quick", "--keep", str(earlier)])
+    assert "--keep needs --methods" in capsys.readouterr().err
+
+
 def test_unknown_problems_are_refused(done, capsys):
     assert main(command(done, "full", "--problems", "length 16", "lenght")) == 2
     assert "--problems 'lenght'; allowed: the start of one of length 8 to 12, " in capsys.readouterr().err

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of the recipe, for every run"
     )
     parser.add_argument("--name", help="of the result, to stand beside the one without these options")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="RESULT",
+        help="rows of methods that --methods does not name, from an earlier result; each says what code it ran with",
+    )
     cores = os.cpu_count() or 1
     processes = 1 if torch.cuda.is_available() else min(2, cores)
     parser.add_argument("--processes", type=int, default=processes, help="runs at a time; 0: in this process")
@@ -59,6 +66,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--estimate", action="store_true", help="only say what there is to do and how long it takes")
     arguments = parser.parse_args(argv)
+    if arguments.keep and not arguments.methods:
+        parser.error("--keep needs --methods, which says what is not taken from there")
     if arguments.threads is None:
         arguments.threads = max(1, cores // max(1, arguments.processes))
     return arguments
@@ -95,9 +104,16 @@ def main(argv: list[str] | None = None) -> int:
     sources = Sources(arguments.model, arguments.data, extra=tuple(arguments.set), **rewards)
     cache = Cache(arguments.cache)
     tried: dict[str, Row] = {}
+    earlier = [] if arguments.keep is None else json.loads(arguments.keep.read_text(encoding="utf-8"))["rows"]
+    # As they are in a file. Keys are of other code.
+    kept = {json.dumps(row["task"]): row for row in earlier if row["task"]["method"] not in arguments.methods}
 
     def done(task: Task) -> Row | None:
-        return cache.done(task) or tried.get(task.key)
+        return cache.done(task) or tried.get(task.key) or keep(task)
+
+    def keep(task: Task) -> Row | None:
+        row = kept.get(json.dumps(asdict(task)))
+        return row if row is not None and row.get("options", task.overrides()) == task.overrides() else None
 
     def plan() -> list[Task]:
         if arguments.command == "quick":
