@@ -201,7 +201,7 @@ class _Learner(Rule):
         return min(1.0, b.lasting / self.patience) if b.noisy > 0 else 1.0
 
     def _modified(self, b: _Bound, z: float, mu: float) -> Force:
-        """The modified barrier of one bound, whose mu in force is ``mu``, at z as it is ahead."""
+        """The modified barrier of one bound, whose mu in force is ``mu``; ``z``: as it is ahead."""
         psi, slope = _psi_at(z / mu, self._curvature(b))
         return Force(b.units * (b.learned * slope), b.units * (mu * b.learned * psi), b.units * mu, mu * mu)
 

@@ -771,9 +771,8 @@ def test_targets_of_rows_made_by_hand(done):
     made[0]["test"]["measures"]["length"]["mean"] = made[1]["test"]["measures"]["length"]["mean"] = 30.0
     assert [line[2] for line in targets(made, complete=True)][1:3] == ["open", "yes"]
     many = made + [one(DEFAULT, seed, 4.0, 20.0, 0.1) for seed in (2, 3)]
-    assert (
-        targets(many, complete=False)[0][1] == "3 of 4, not: length 16 to 24, seed 1 25 ± 0.98"
-    )  # of many the missed ones are named
+    # Of many the missed ones are named.
+    assert targets(many, complete=False)[0][1] == "3 of 4, not: length 16 to 24, seed 1 25 ± 0.98"
     (line,) = search_lines(rows)
     assert line[:3] == ["length 16 to 24", "2", "2.0"]
     assert list(by_problem(rows)) == ["length 16 to 24"]

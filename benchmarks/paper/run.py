@@ -208,8 +208,7 @@ def run_all(tasks: list[Task], cache: Cache, processes: int, threads: int | None
                 row = receiver.recv()
             except EOFError:
                 child.join()
-                row = {"key": task.key, "code": fingerprint(), "task": asdict(task), "status": "failed"}
-                row |= {"error": f"the process ended with code {child.exitcode}"}
+                row = _failed(task, (task.key, fingerprint()), f"the process ended with code {child.exitcode}")
             child.join()
             cache.add(row)
             yield row
@@ -221,8 +220,12 @@ def _child(task: Task, known: tuple[str, str], folder: Path, threads: int | None
     if (task.key, fingerprint()) == known:
         sender.send(execute(task, folder, threads))
     else:
-        row = {"key": known[0], "code": known[1], "task": asdict(task), "status": "failed"}
-        sender.send(row | {"error": "code, options or data have changed since the command began; start it again"})
+        why = "code, options or data have changed since the command began; start it again"
+        sender.send(_failed(task, known, why))
+
+
+def _failed(task: Task, known: tuple[str, str], error: str) -> Row:
+    return {"key": known[0], "code": known[1], "task": asdict(task), "status": "failed", "error": error}
 
 
 def _end_with_parent(parent: int) -> None:

@@ -315,6 +315,20 @@ def test_hand_over_keeps_the_multiplier(z, mu):
     assert rule.multiplier(torch.tensor([z], dtype=F64), mu_t, mu_t**2).item() == pytest.approx(before.item())
 
 
+@given(before=st.floats(-3, 3), z=st.floats(-3, 3), mu=st.floats(0.2, 0.5))
+def test_hand_over_of_a_moving_estimate_keeps_the_multiplier(before, z, mu):
+    """It stands at where the estimate is going, in both halves."""
+    rule, one, mu_t = AdaptiveBarrier(), torch.ones(1, dtype=F64), torch.tensor([mu], dtype=F64)
+    rule.start(1)
+    rule.update(readings(before, noise=0.01), one, one)
+    assert not rule.learning.any()
+    rule.update(readings(z, noise=0.01), mu_t, mu_t**2)
+    assert rule.learning.all()
+    there = torch.tensor([z + ahead_of(before, z, 0.01)], dtype=F64)
+    wanted = RelaxedLogBarrier().multiplier(there, mu_t, mu_t**2)
+    assert rule.multiplier(torch.tensor([z], dtype=F64), mu_t, mu_t**2).item() == pytest.approx(wanted.item())
+
+
 def ahead_of(before, now, stderr):
     """What is added to z: four times the last change, less a standard error, and 4 at most."""
     return math.copysign(min(4 * max(abs(now - before) - stderr, 0), 4), now - before)
