@@ -90,8 +90,8 @@ def test_methods_differ_in_the_objective_alone():
     objectives = [load_options(None, t.overrides()).objective for t in quick(SOURCES)]
     assert len({(o.unit, str(o.estimator_options), o.estimator) for o in objectives}) == 1
     demo = dataclasses.asdict(load_options("demo"))
-    for part in ("model", "optim"):
-        assert first[part] == demo[part]
+    assert first["model"] == demo["model"]
+    assert {**first["optim"], "steps": demo["optim"]["steps"]} == demo["optim"]
     assert first["data"] == demo["data"]
     assert first["rollout"]["prompts"] == demo["rollout"]["prompts"]
     assert first["evaluation"]["prompts"] >= 256
