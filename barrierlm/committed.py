@@ -19,7 +19,7 @@ from .saved import saved_count, saved_tensor
 from .schedules import Schedule
 
 #: Of the states that are saved; 4 has ``previous`` and ``ahead`` of learned bounds.
-_VERSION = 4
+_VERSION = 5
 #: The reading of a bound that was not measured.
 _NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False, math.nan)
 

@@ -32,6 +32,8 @@ _UNIT_START, _UNIT_GROWTH, _UNIT_END, _UNIT_SHARE = 0.01, 1.1, 1e3, 0.3
 _NARROWEST, _WIDEST = 0.25, 10.0
 #: Of one that does not come down: how much counts in a step, and the share of the multiplier that the step grows with.
 _FAR_STEP, _GROWTH = 0.3, 0.2
+#: By how much a learned barrier is wider than the relaxed one that it takes over from in a swing.
+_GENTLER = 2.0
 #: By how many windows multipliers are ahead of a sampled estimate that moves, and the most that this makes of z.
 _AHEAD, _FARTHEST = 4.0, 4.0
 
@@ -57,7 +59,7 @@ def _psi_at(u: float, curvature: float) -> tuple[float, float]:
 
 @dataclass(slots=True)
 class _Bound:
-    """What was learned of one bound; the last three are of `AdaptiveBarrier` alone. 1 stands for True."""
+    """What was learned of one bound; the last five are of `AdaptiveBarrier` alone. 1 stands for True."""
 
     units: float  # a single one
     found: float = 0.0
@@ -74,6 +76,8 @@ class _Bound:
     frozen_mu: float = 0.0
     smallest_seen: float = math.inf
     held: float = 0.0
+    met: float = 0.0
+    mean: float = 0.0
 
 
 _fields = attrgetter(*_Bound.__slots__)
@@ -345,12 +349,16 @@ class AdaptiveBarrier(_Learner):
     `ModifiedBarrier` that starts from the multiplier then in force, which therefore does not
     jump but by what the objective's ``confidence`` then draws the bound in. It has no horizon.
 
+    A sampled bound that has been met and is violated again, at the same mu, swings: mu falls only where all bounds are
+    met, so it would stand there, and the swing last. Such a bound is handed over at once, and since where it stands
+    says nothing in a swing, it starts from its mean multiplier since it was met, at twice the mu.
+
     Args:
         smallest_mu: mu at which tightening ends even without noise, > 0.
         step: Initial step of the learned multipliers, in (0, 1].
         decay: Windows up to the last crossing of the bound after which the step has halved.
-        patience: Windows without a smaller mu after which bounds are handed over, and windows of the slow average
-            against which a violation has to come down.
+        patience: Windows without a smaller mu after which bounds are handed over that do not swing, and windows of the
+            slow average against which a violation has to come down.
         unit: An ordinary multiplier, in task loss per unit of violation: learning starts from it, and B is a multiple
             of it. Smaller where the loss changes little (a mean of small numbers) across a wide window. "auto": found
             while a bound is violated, which takes some 50 windows.
@@ -365,9 +373,10 @@ class AdaptiveBarrier(_Learner):
     Source: barrierlm; the two halves are L3Ms (arXiv 2410.21533) and Polyak 1992.
     """
 
-    frozen_mu, smallest_seen, held = _Column(), _Column(), _Column()
-    _learned = (*_Learner._learned, "frozen_mu", "smallest_seen", "held")
-    _nonnegative = (*_Learner._nonnegative, "frozen_mu", "smallest_seen", "held")
+    frozen_mu, smallest_seen, held, met, mean = _Column(), _Column(), _Column(), _Column(), _Column()
+    _own_fields = ("frozen_mu", "smallest_seen", "held", "met", "mean")
+    _learned = (*_Learner._learned, *_own_fields)
+    _nonnegative = (*_Learner._nonnegative, *_own_fields)
     _unbounded = (*_Learner._unbounded, "smallest_seen")
 
     #: The share of s from which on the noise counts as having stopped mu: just under one AdaptiveSchedule step.
@@ -435,20 +444,34 @@ class AdaptiveBarrier(_Learner):
                 continue
             coming = self._take(b, r)
             self._search(b, r, largest, coming=coming)
-            b.held = 1.0 if m < 0.999 * b.smallest_seen else b.held + 1
-            b.smallest_seen = min(m, b.smallest_seen)
             if b.frozen_mu > 0:
                 self._learn(b, r, self._own(b), coming=coming)
-            elif stopped or b.lasting >= self.patience or (b.held > self.patience and r.stderr > 0):
-                # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
-                b.frozen_mu = max(m, math.sqrt(r.noise))
-                # The modified barrier goes on with the multiplier that the relaxed one stands at.
+                continue
+            self._hold(b, r, m)
+            swings = b.met > 1 and r.z > 0 and r.stderr > 0
+            if not (stopped or swings or b.lasting >= self.patience or (b.held > self.patience and r.stderr > 0)):
+                continue
+            # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
+            b.frozen_mu = max(m, math.sqrt(r.noise))
+            if swings and not stopped:
+                b.frozen_mu, b.learned = max(_GENTLER * m, b.frozen_mu), b.mean
+            else:  # the modified barrier goes on with the multiplier that the relaxed one stands at
                 at = r.z + b.ahead
-                relaxed = relaxed_force(at, b.frozen_mu, b.frozen_mu * b.frozen_mu)
                 slope = _psi_at(at / b.frozen_mu, self._curvature(b))[1]
-                b.learned = relaxed.multiplier / slope if slope > 0 else 0.0  # 0 where z / mu is no number
-                b.previous = math.inf  # the bound may be drawn in from here on, which is no change of the estimate
+                now = relaxed_force(at, b.frozen_mu, b.frozen_mu * b.frozen_mu).multiplier
+                b.learned = now / slope if slope > 0 else 0.0  # 0 where z / mu is no number
+            b.previous = math.inf  # the bound may be drawn in from here on, which is no change of the estimate
         self._bounds = bounds
+
+    def _hold(self, b: _Bound, r: Reading, mu: float) -> None:
+        """Count the windows at this mu, and those since the bound was first met at it, with their mean multiplier."""
+        if mu < 0.999 * b.smallest_seen:
+            b.held = b.met = 0.0
+        b.smallest_seen = min(mu, b.smallest_seen)
+        b.held += 1
+        if b.met > 0 or r.z <= 0:
+            b.met += 1
+            b.mean += (relaxed_force(r.z + b.ahead, mu, mu * mu).multiplier - b.mean) / b.met
 
     def in_force(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The frozen mu, as noise has let it grow, where the bound has been handed over."""

@@ -215,7 +215,7 @@ def test_a_state_that_lacks_something_is_refused():
     with pytest.raises(ValueError, match="state of the watch does not fit: it lacks 'present'"):
         objective.load_state_dict(state)
     with pytest.raises(ValueError, match="state lacks 'constraints'"):
-        objective.load_state_dict({"version": 4})
+        objective.load_state_dict({"version": 5})
 
 
 class Recorder(AdaptiveBarrier):

@@ -96,7 +96,7 @@ def test_state_is_a_copy():
         (lambda: relaxed([Constraint("c", upper=1.5)]).state_dict(), "saved for constraints"),
         (lambda: relaxed([C, Constraint("d", upper=1.0)]).state_dict(), "saved for constraints"),
         (lambda: relaxed([C], rule=DualAscent()).state_dict(), "saved for methods"),
-        (lambda: {"version": 3}, "version 3; allowed: version 4"),
+        (lambda: {"version": 4}, "version 4; allowed: version 5"),
         (dict, "version None"),
         (lambda: 5, "state is int"),
     ],
