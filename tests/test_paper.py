@@ -320,6 +320,7 @@ def lines_of(values, name="length"):
             "loss/task": 4.0 - 0.1 * i,
             "seconds/generation": 2.0,
             "seconds/backward": 1.0,
+            "grad_norm": 2.0 + i,
         }
         for i, v in enumerate(values)
     ]
@@ -346,6 +347,7 @@ def test_numbers_of_training_made_by_hand():
     assert found["seconds"] == 24
     assert found["responses"] == 192
     assert found["task_loss"] == pytest.approx(3.35)
+    assert found["grad_norm"] == 5.5
     assert (found["feasible_at"], found["infeasible_share"]) == (3, 0)
     assert found["censored"] == 0.5
     multipliers = found["multipliers"]

@@ -83,6 +83,11 @@ def _named(group: list[Row], rows: list[Row]) -> str:
     return name if every == set(own) else f"{name}, seed {', '.join(map(str, own))}"
 
 
+def _grad_norm(row: Row) -> str:
+    """Unknown in results of before it was kept."""
+    return number(row["training"].get("grad_norm"), 3)
+
+
 def held_out_table(rows: list[Row], plain: dict[int, Row], split: str) -> str:
     """A line for each method on one problem."""
     body = [[_named(group, rows), *_held_out(split, group, plain)] for group in by_method(rows)]
@@ -97,6 +102,7 @@ def training_table(rows: list[Row]) -> str:
             _each(group, lambda r: str(r["training"]["feasible_at"] or "never")),
             _each(group, lambda r: f"{r['training']['infeasible_share']:.0%}"),
             _each(group, _multipliers),
+            _each(group, _grad_norm),
             _each(group, lambda r: f"{r['training']['censored']:.0%}"),
             _each(group, lambda r: f"{r['training']['responses']:,}"),
             _each(group, lambda r: f"{r['training']['seconds']:.0f}"),
@@ -104,7 +110,8 @@ def training_table(rows: list[Row]) -> str:
         ]
         for group in by_method(rows)
     ]
-    header = ["", "feasible at", "infeasible", "multiplier", "censored", "responses", "s training", "s evaluation"]
+    header = ["", "feasible at", "infeasible", "multiplier", "gradient", "censored", "responses", "s training"]
+    header += ["s evaluation"]
     return markdown_table(header, body)
 
 
@@ -144,13 +151,14 @@ def plain_section(rows: list[Row]) -> str:
                 *values,
                 f"{row['test']['censored']:.0%}",
                 f"{row['shifted']['nll']:.3f}",
+                _grad_norm(row),
                 f"{row['training']['seconds']:.0f}",
             ]
         )
     head = ["", "steps", "seed", "validation NLL", "test NLL", "perplexity", "length", "helpful", "harmless"]
     text = "In bold: what the others are held against. Its length is understated where responses are censored."
     return (
-        f"### Without bounds\n\n{text}\n\n{markdown_table([*head, 'censored', 'shifted NLL', 's'], body)}"
+        f"### Without bounds\n\n{text}\n\n{markdown_table([*head, 'censored', 'shifted NLL', 'gradient', 's'], body)}"
         if body
         else ""
     )

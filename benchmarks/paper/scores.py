@@ -68,7 +68,8 @@ def of_training(lines: Sequence[Line], bounds: Sequence[Bound], responses_per_st
         responses_per_step: In all.
 
     Returns:
-        JSON: ``seconds`` of training, ``task_loss`` of the last quarter, and with bounds the feasibility, the mean
+        JSON: ``seconds`` of training, ``task_loss`` of the last quarter, the mean ``grad_norm``
+        before it is clipped, and with bounds the feasibility, the mean
         multiplier of the last quarter by bound in nats per token and unit of violation, the censored share of the
         last quarter, the scale of every constraint, and the series for pictures.
     """
@@ -77,6 +78,7 @@ def of_training(lines: Sequence[Line], bounds: Sequence[Bound], responses_per_st
         "seconds": round(seconds, 1),
         "responses": responses_per_step * len(lines) if bounds else 0,
         "task_loss": mean(last_quarter([line["loss/task"] for line in lines])),
+        "grad_norm": mean([line["grad_norm"] for line in lines]),
         "series": {"loss/task": thinned([line["loss/task"] for line in lines])},
     }
     if not bounds:

@@ -406,6 +406,44 @@ def test_a_mu_that_has_stopped_hands_sampled_bounds_over(noise):
     assert bool(rule.learning.all()) == (noise > 0)
 
 
+def swinging(*values, mu=1.0, stderr=0.1, patience=20, rule=None):
+    """The default after these estimates of one bound, at one mu."""
+    if rule is None:
+        rule = AdaptiveBarrier(patience=patience)
+        rule.start(1)
+    mu = torch.tensor([mu], dtype=F64)
+    for z in values:
+        rule.update(readings(z, noise=stderr), mu, mu**2)
+    return rule
+
+
+def test_a_bound_that_swings_is_handed_over_from_its_mean_at_twice_the_mu():
+    """Met at -0.2, at -3 with a multiplier of a third and violated again at 2, each as it is ahead; 2 before is not counted."""
+    still = swinging(2.0, -0.2, -3.0)
+    assert not still.learning.any()
+    told = [-0.2, -3.0, 2.0]
+    at = [z + ahead_of(before, z, 0.1) for before, z in zip([2.0, *told], told, strict=False)]
+    mean = sum(1 / max(-z, 1.0) for z in at) / 3  # mu = s = 1
+    assert 0.3 < mean < 0.6
+    assert still.met.item() == 2
+    rule = swinging(2.0, rule=still)
+    assert rule.learning.all()
+    assert rule.learned.item() == pytest.approx(mean)
+    assert rule.frozen_mu.item() == 2.0
+
+
+def test_what_is_no_swing():
+    assert not swinging(2.0, 1.9, 2.0, 1.9).learning.any()  # not met yet
+    assert not swinging(-0.5, -0.6, 0.0, -0.5).learning.any()  # met all the time
+    assert not swinging(-0.5, 0.5, -0.5, 0.5, stderr=0.0).learning.any()  # exact: nothing is late
+    fell = swinging(0.7, mu=0.9, rule=swinging(-0.5))
+    assert not fell.learning.any()  # at another mu than it was met at
+    assert swinging(-0.5, 0.7, mu=0.9, rule=fell).learning.all()
+    # Where mu has come down as far as it may, there is nothing to wait for, and the multiplier goes on as it is.
+    end = swinging(0.2, mu=0.5, stderr=0.01, rule=swinging(-0.5))
+    assert end.frozen_mu.item() == 0.5
+
+
 def test_hand_over_when_the_cap_is_too_small():
     rule = AdaptiveBarrier(patience=5)
     rule.start(1)
