@@ -32,9 +32,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.0f}" if "e" in text else text
 
 
-def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table; columns of numbers are aligned to the right."""
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, optional: Sequence[str] = ()) -> str:
+    """A table; columns of numbers are aligned to the right, and those of `optional` left out where nothing is known."""
     body = list(lines)
+    kept = [i for i, name in enumerate(header) if name not in optional or any(line[i] != "-" for line in body)]
+    header, body = [header[i] for i in kept], [[line[i] for i in kept] for line in body]
     rule = ["---:" if _is_number(column) else "---" for column in zip(*body, strict=True)] or ["---"] * len(header)
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *body])
 

@@ -892,6 +892,26 @@ def test_looking_ahead_makes_swings_smaller(monkeypatch):
     assert ahead[1] < 0.75 * behind[1]
 
 
+def test_handing_over_in_a_swing_ends_it_sooner(monkeypatch):
+    """Of the policy: in short runs at their end, in longer ones before it."""
+
+    def outside(steps):
+        found = [shares(DEFAULT, steps=steps, bounds=w) for w in WINDOWS]
+        return [sum(share[k] for share in found) / len(found) for k in (1, 2)]
+
+    at_once = outside(44), outside(100)
+    hold = AdaptiveBarrier._hold
+
+    def never_met(self, b, r, mu):
+        hold(self, b, r, mu)
+        b.met = 0.0
+
+    monkeypatch.setattr(AdaptiveBarrier, "_hold", never_met)
+    late = outside(44), outside(100)
+    assert at_once[0][0] < 0.6 * late[0][0]
+    assert at_once[1][1] < 0.85 * late[1][1]
+
+
 def test_the_surrogate_is_reproducible_and_takes_windows_of_length_only():
     task = Task(window(24, 32), DEFAULT, 0, 8, SOURCES)
     assert simulate(task, SPEEDS[0]) == simulate(task, SPEEDS[0])

@@ -111,8 +111,7 @@ def training_table(rows: list[Row]) -> str:
         for group in by_method(rows)
     ]
     header = ["", "feasible at", "infeasible", "multiplier", "gradient", "censored", "responses", "s training"]
-    header += ["s evaluation"]
-    return markdown_table(header, body)
+    return markdown_table([*header, "s evaluation"], body, optional=["gradient"])
 
 
 def problem_section(name: str, rows: list[Row], plain: dict[int, Row], picture: str | None) -> str:
@@ -157,11 +156,10 @@ def plain_section(rows: list[Row]) -> str:
         )
     head = ["", "steps", "seed", "validation NLL", "test NLL", "perplexity", "length", "helpful", "harmless"]
     text = "In bold: what the others are held against. Its length is understated where responses are censored."
-    return (
-        f"### Without bounds\n\n{text}\n\n{markdown_table([*head, 'censored', 'shifted NLL', 'gradient', 's'], body)}"
-        if body
-        else ""
-    )
+    if not body:
+        return ""
+    table = markdown_table([*head, "censored", "shifted NLL", "gradient", "s"], body, optional=["gradient"])
+    return f"### Without bounds\n\n{text}\n\n{table}"
 
 
 def claims_table(rows: list[Row]) -> str:

@@ -95,7 +95,7 @@ def _against_mm(rows: list[Row]) -> Iterator[tuple[str, bool]]:
     for at, own, theirs in _pairs(rows):
         if _met(own) and _met(theirs):
             nll = own["test"]["nll"], theirs["test"]["nll"]
-            yield f"{at} {nll[0]:.3f} against {nll[1]:.3f}", nll[0] <= nll[1]
+            yield f"{at} {nll[0]:.4f} against {nll[1]:.4f}", nll[0] <= nll[1]
 
 
 def _half_of_mm(rows: list[Row]) -> Iterator[tuple[str, bool]]:

@@ -418,7 +418,7 @@ def swinging(*values, mu=1.0, stderr=0.1, patience=20, rule=None):
 
 
 def test_a_bound_that_swings_is_handed_over_from_its_mean_at_twice_the_mu():
-    """Met at -0.2, at -3 with a multiplier of a third and violated again at 2, each as it is ahead; 2 before is not counted."""
+    """Met at -0.2 and at -3, violated again at 2, each as it is ahead; the 2 of before is not counted."""
     still = swinging(2.0, -0.2, -3.0)
     assert not still.learning.any()
     told = [-0.2, -3.0, 2.0]
