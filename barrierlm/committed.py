@@ -18,7 +18,7 @@ from .positions import PositionBaseline
 from .saved import saved_count, saved_tensor
 from .schedules import Schedule
 
-#: Of the states that are saved; 4 has ``previous`` and ``ahead`` of learned bounds.
+#: Of the states that are saved; 5 has ``met`` and ``mean`` of bounds that are not learned yet.
 _VERSION = 5
 #: The reading of a bound that was not measured.
 _NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False, math.nan)
