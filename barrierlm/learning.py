@@ -448,12 +448,12 @@ class AdaptiveBarrier(_Learner):
                 self._learn(b, r, self._own(b), coming=coming)
                 continue
             self._hold(b, r, m)
-            swings = b.met > 1 and r.z > 0 and r.stderr > 0
+            swings = not stopped and b.met > 1 and r.z > 0 and r.stderr > 0
             if not (stopped or swings or b.lasting >= self.patience or (b.held > self.patience and r.stderr > 0)):
                 continue
             # A bound that is new, or has just become noisier, must not keep a mu below its own noise.
             b.frozen_mu = max(m, math.sqrt(r.noise))
-            if swings and not stopped:
+            if swings:
                 b.frozen_mu, b.learned = max(_GENTLER * m, b.frozen_mu), b.mean
             else:  # the modified barrier goes on with the multiplier that the relaxed one stands at
                 at = r.z + b.ahead

@@ -23,7 +23,7 @@ from benchmarks.run import main, rows_of
 from benchmarks.settings import Settings
 from benchmarks.small import failures
 from benchmarks.suites import SUITES, head, suite, weights
-from benchmarks.tables import number
+from benchmarks.tables import markdown_table, number
 from benchmarks.targets import targets_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -437,3 +437,9 @@ def test_the_oracle_of_a_step_sees_a_wrong_gradient(monkeypatch):
     assert [row["status"] for row in rows] == ["ok", "ok"]  # the naive one sets the limit ...
     assert rows[0]["relative_error"]["gradient"] > 0.01
     assert rows[1]["relative_error"]["gradient"] < 1e-5  # ... and ours does not go through it
+
+
+def test_a_column_of_which_nothing_is_known_is_left_out_only_where_it_may_be():
+    lines = [["x", "-", "-"], ["y", "-", "2"]]
+    assert markdown_table(["", "a", "b"], lines, optional=["a", "b"]).splitlines()[0] == "|  | b |"
+    assert markdown_table(["", "a", "b"], lines).splitlines()[2] == "| x | - | - |"

@@ -85,7 +85,7 @@ def _named(group: list[Row], rows: list[Row]) -> str:
 
 def _grad_norm(row: Row) -> str:
     """Unknown in results of before it was kept."""
-    return number(row["training"].get("grad_norm"), 3)
+    return number(row["training"].get("grad_norm"))
 
 
 def held_out_table(rows: list[Row], plain: dict[int, Row], split: str) -> str:

@@ -406,10 +406,10 @@ def test_a_mu_that_has_stopped_hands_sampled_bounds_over(noise):
     assert bool(rule.learning.all()) == (noise > 0)
 
 
-def swinging(*values, mu=1.0, stderr=0.1, patience=20, rule=None):
+def swinging(*values, mu=1.0, stderr=0.1, rule=None):
     """The default after these estimates of one bound, at one mu."""
     if rule is None:
-        rule = AdaptiveBarrier(patience=patience)
+        rule = AdaptiveBarrier()
         rule.start(1)
     mu = torch.tensor([mu], dtype=F64)
     for z in values:
@@ -439,9 +439,11 @@ def test_what_is_no_swing():
     fell = swinging(0.7, mu=0.9, rule=swinging(-0.5))
     assert not fell.learning.any()  # at another mu than it was met at
     assert swinging(-0.5, 0.7, mu=0.9, rule=fell).learning.all()
-    # Where mu has come down as far as it may, there is nothing to wait for, and the multiplier goes on as it is.
+    # Where mu has come down as far as it may, or noise stops it, the multiplier goes on as it is.
     end = swinging(0.2, mu=0.5, stderr=0.01, rule=swinging(-0.5))
     assert end.frozen_mu.item() == 0.5
+    noisy = swinging(0.2, stderr=0.9, rule=swinging(-0.5))
+    assert noisy.frozen_mu.item() == 1.0
 
 
 def test_hand_over_when_the_cap_is_too_small():
