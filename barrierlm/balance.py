@@ -25,6 +25,12 @@ class PartNorms(NamedTuple):
     constraint: Tensor
     cosine: Tensor
 
+    @property
+    def total(self) -> Tensor:
+        """Norm of the sum of both: what clipping the sum would go by."""
+        dot = torch.nan_to_num(self.cosine, nan=0.0) * self.task * self.constraint
+        return (self.task**2 + self.constraint**2 + 2 * dot).clamp(min=0).sqrt()
+
     def metrics(self) -> dict[str, float]:
         """Flat floats for a logger: ``balance/...``. Reading them waits for the device."""
         return {
@@ -49,8 +55,8 @@ class SplitGradients:
     averaging, and is combined over the ranks in `clip_`. Whatever else was added to ``.grad`` counts as task.
 
     Costs: a second backward pass where both parts reach, and one more copy of the gradient (two, while a further
-    micro-batch is added to it). Not for sharded parameters (FSDP, DTensor), nor for `BarrierObjective.linear`, whose
-    one pass makes both parts at once.
+    micro-batch is added to it). Not for sharded parameters (FSDP, DTensor). One pass of `BarrierObjective.linear` makes
+    both parts at once: give it the task's sequences and the responses one after the other, and `backward_parts` each.
 
     Args:
         parameters: Leaf tensors, each once; the optimizer's. Frozen ones are skipped, as long as they are.
@@ -123,22 +129,61 @@ class SplitGradients:
         """
         if not isinstance(out, ObjectiveOutput):
             raise TypeError(f"out is a {type(out).__name__}; allowed: what a call of the objective returned")
-        if not (isinstance(divisor, int | float) and 0 < divisor < math.inf):
-            raise ValueError(f"divisor={divisor!r}; allowed: a finite number > 0")
         if out._parts is None:
             raise ValueError(
                 "out is of linear(), whose one pass makes the gradients of task and constraints at once; allowed: "
-                "an output of combine(), or of calling the objective"
+                "an output of combine(), or of calling the objective; or backward_parts() with the losses of two passes"
             )
-        task, constraint = out._parts
-        if not (task.requires_grad or constraint.requires_grad):
+        if not any(part.requires_grad for part in out._parts):
             raise ValueError("out has no gradient; allowed: an output of a call with gradients on")
+        self.backward_parts(*out._parts, divisor=divisor, scaler=scaler)
+
+    def backward_parts(
+        self,
+        task: Tensor | None = None,
+        constraint: Tensor | None = None,
+        *,
+        divisor: float = 1,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """As `backward`, of losses that have been kept apart: both, or one after the other.
+
+        So `BarrierObjective.linear` can be used: one pass over the task's sequences and one over the sampled
+        responses cost no more than both in one pass. With DDP, the constraints' takes the model without its wrapper.
+
+        Args:
+            task: The task's loss; 0-d. None, or one without gradient: nothing is added.
+            constraint: What the objective adds to it, as the ``loss`` of a call whose task weights are all 0; 0-d.
+            divisor: As in `backward`.
+            scaler: As in `backward`.
+
+        Raises:
+            TypeError: Neither a tensor nor None.
+            ValueError: A tensor with more than one element; a divisor that is no positive number.
+
+        Example:
+            >>> policy = torch.nn.Linear(2, 1)
+            >>> parts = SplitGradients(policy.parameters())
+            >>> parts.backward_parts(task=policy(torch.ones(2)).sum())
+            >>> parts.backward_parts(constraint=-3 * policy(torch.ones(2)).sum())
+            >>> print(parts.clip_(max_norm=1.0).constraint.round(decimals=3))
+            tensor(5.1960)
+        """
+        if not (isinstance(divisor, int | float) and 0 < divisor < math.inf):
+            raise ValueError(f"divisor={divisor!r}; allowed: a finite number > 0")
+        for name, loss in (("task", task), ("constraint", constraint)):
+            if loss is None:
+                continue
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"{name} is a {type(loss).__name__}; allowed: a loss (0-d tensor) or None")
+            if loss.numel() != 1:
+                raise ValueError(f"{name} has shape {tuple(loss.shape)}; allowed: a loss (0-d tensor)")
         if scaler is not None and scaler.is_enabled():
-            self._scale = scaler.scale(torch.ones((), device=task.device))
-            task, constraint = scaler.scale(task), scaler.scale(constraint)
-        if constraint.requires_grad:
-            self._keep(constraint / divisor, retain_graph=task.requires_grad)
-        if task.requires_grad:
+            self._scale = scaler.scale(torch.ones((), device=self._parameters[0].device))
+            task, constraint = (None if loss is None else scaler.scale(loss) for loss in (task, constraint))
+        if constraint is not None and constraint.requires_grad:
+            self._keep(constraint / divisor, retain_graph=task is not None and task.requires_grad)
+        if task is not None and task.requires_grad:
             (task / divisor).backward()
 
     def clip_(
@@ -214,7 +259,7 @@ class SplitGradients:
                 "the constraint part reaches none of the parameters: its gradient is lost. Give SplitGradients the "
                 "parameters that the measurements depend on (sharded ones are not among them).",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         for i, g in zip(trained, gradients, strict=True):
             if g is not None:

@@ -262,7 +262,7 @@ def _time(workspace: Workspace, found: Check) -> None:
     found.parts = {key.removeprefix("seconds/"): s for key, s in metrics.items() if key.startswith("seconds/")}
     found.parts.pop("balance", None)
     passes = found.parts.get("forward", 0.0) + found.parts.get("backward", 0.0)
-    if options.balance_every:
+    if options.balance_every and options.optim.constraint_max_grad_norm is None:  # else every step logs them
         found.step_seconds = sum(found.parts.values()) + passes / options.balance_every
     found.training_seconds = options.optim.steps * found.step_seconds
     sequences = options.optim.batch_size * options.optim.gradient_accumulation + found.responses_per_step

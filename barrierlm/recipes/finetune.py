@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from barrierlm import BarrierObjective, Sampled
+from barrierlm import BarrierObjective, Sampled, SplitGradients
 from barrierlm.distributed import lost_ranks
 from barrierlm.files import make_folder, replacing
 
@@ -163,6 +163,8 @@ def train_step(
     task = total = 0.0
     balance: dict[str, float] = {}
     grad_norm = torch.zeros(())
+    apart = objective is not None and optim.constraint_max_grad_norm is not None
+    parts = SplitGradients(workspace.policy.trained()) if apart else None
     for batch in window:
         with accelerator.accumulate(model):
             measurements: dict[str, Sampled] = {}
@@ -170,29 +172,38 @@ def train_step(
                 groups = batch.groups if workspace.options.rollout.responses_per_prompt > 1 else None
                 with clock("costs"):
                     measurements, _ = measure_rollouts(workspace.costs, workspace.policy, batch.rollouts, groups)
-            with clock("forward"):
-                loss, task_loss = one_pass(
-                    model,
-                    batch,
-                    objective,
-                    measurements,
-                    packed=workspace.policy.packed,
-                    # The window's token mean, whatever backward and the ranks divide by.
-                    task_weight=repeats * accelerator.num_processes / tokens,
-                    num_samples_in_window=dict.fromkeys(measurements, samples),
-                    loss_divisor=repeats,
-                )
-            with clock("backward"):
-                accelerator.backward(loss)
-            if accelerator.sync_gradients and every and objective is not None and step % every == 0:
+            # The window's token mean, whatever backward and the ranks divide by.
+            task_weight = repeats * accelerator.num_processes / tokens
+            run = partial(one_pass, packed=workspace.policy.packed, task_weight=task_weight)
+            counts = {"num_samples_in_window": dict.fromkeys(measurements, samples), "loss_divisor": repeats}
+            if parts is None:
+                with clock("forward"):
+                    loss, task_loss = run(model, batch, objective, measurements, **counts)
+                with clock("backward"):
+                    accelerator.backward(loss)
+            else:
+                with clock("forward"):
+                    task_loss, _ = run(model, batch._replace(rollouts=[]), None, {})
+                with clock("backward"):
+                    accelerator.backward(task_loss)
+                with clock("forward"):
+                    loss, _ = run(workspace.policy, batch._replace(pairs=[]), objective, measurements, **counts)
+                with clock("backward"):
+                    parts.backward_parts(constraint=loss, divisor=repeats)
+                loss = task_loss + loss.detach()
+            if accelerator.sync_gradients and every and parts is None and objective is not None and step % every == 0:
                 with clock("balance"):
                     balance = gradient_balance(workspace, window, accelerator.num_processes / tokens)
             with clock("optimizer"):
-                if accelerator.sync_gradients:
+                if accelerator.sync_gradients and parts is not None:
+                    limits = optim.max_grad_norm, optim.constraint_max_grad_norm
+                    norms = parts.clip_(*limits, error_if_nonfinite=False)
+                    balance, grad_norm = norms.metrics(), norms.total
+                elif accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(workspace.policy.trained(), optim.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            task, total = task + float(task_loss) / repeats, total + float(loss.detach()) / repeats
+            task, total = task + float(task_loss.detach()) / repeats, total + float(loss.detach()) / repeats
     metrics = {}
     if objective is not None:
         with clock("objective"):

@@ -141,6 +141,12 @@ class OptimOptions:
     momentum: float = _option(0.9, "AdamW's beta1; less follows a constraint with less delay", low=0, below=1)
     weight_decay: float = _option(0.0, "AdamW's decoupled weight decay", low=0)
     max_grad_norm: float = _option(1.0, "gradient norm is clipped at this", above=0)
+    constraint_max_grad_norm: float | None = _option(
+        None,
+        "the constraints' gradient is clipped at this, apart from the task's at max_grad_norm, so that multipliers "
+        "leave the task its part of a step; null: their sum is clipped",
+        above=0,
+    )
 
 
 @dataclass

@@ -1,0 +1,83 @@
+"""`optim.constraint_max_grad_norm`: task and constraints in passes of their own, and clipped apart."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from barrierlm import SplitGradients
+from barrierlm.recipes.config import load_options
+from barrierlm.recipes.finetune import prepare, train_step
+from barrierlm.recipes.workspace import build_objective, open_workspace
+
+from .test_finetune import equal, metrics, without_times
+from .tiny import launch
+
+#: Multipliers that pull harder than the task.
+HARD = ["constraints.length.lower=1", "constraints.length.upper=2", "objective.unit=5", "save_model=false"]
+
+
+def steps(overrides: list[str], *extra: str, number: int = 4) -> list[tuple[dict[str, float], torch.Tensor]]:
+    """Metrics of some steps from the same weights, and the gradient that the optimizer saw in each."""
+    workspace = open_workspace(load_options(None, [*overrides, *extra]))
+    model, optimizer = prepare(workspace)
+    objective, weights, seen = build_objective(workspace.options), workspace.policy.trained(), []
+    optimizer.optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten() for p in weights])))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    workspace.policy.lm.train()
+    rows = without_times([train_step(workspace, model, optimizer, objective, step) for step in range(number)])
+    return list(zip(rows, seen, strict=True))
+
+
+@pytest.mark.parametrize("lora_rank", [2, 0])
+def test_without_clipping_two_passes_are_one(overrides: list[str], lora_rank: int):
+    """The same gradient and the same metrics, with and without adapters, over two micro-batches."""
+    overrides = [*overrides, *HARD, "optim.max_grad_norm=1e9", "optim.gradient_accumulation=2"]
+    overrides.append(f"model.lora_rank={lora_rank}")
+    together = steps(overrides, "balance_every=1")
+    apart = steps(overrides, "optim.constraint_max_grad_norm=1e9")
+    assert apart[-1][0]["balance/constraint_norm"] > 0.3 * apart[-1][0]["balance/task_norm"]
+    for (one, whole), (two, sum_of_both) in zip(together, apart, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-4, nan_ok=True)
+        assert (whole - sum_of_both).norm() <= 1e-4 * whole.norm()
+
+
+def test_multipliers_leave_the_task_its_part_of_a_step(overrides: list[str]):
+    """The optimizer's gradient is the two parts, each within its own norm; clipped together, the task is lost."""
+    rows = steps([*overrides, *HARD], "optim.max_grad_norm=0.3", "optim.constraint_max_grad_norm=0.1")
+    for row, gradient in rows:
+        task, rest, cosine = (row[f"balance/{name}"] for name in ("task_norm", "constraint_norm", "cosine"))
+        t, c = min(task, 0.3), min(rest, 0.1)
+        expected = (t**2 + c**2 + (2 * t * c * cosine if c else 0.0)) ** 0.5
+        assert gradient.norm().item() == pytest.approx(expected, rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(
+            (task**2 + rest**2 + (2 * task * rest * cosine if c else 0.0)) ** 0.5, rel=1e-4
+        )
+    assert rows[-1][0]["balance/constraint_norm"] > 3 * rows[-1][0]["balance/task_norm"]
+
+
+def test_without_constraints_it_changes_nothing(overrides: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SplitGradients, "__init__", None)  # would be called
+    workspace = open_workspace(load_options(None, [*overrides, "optim.constraint_max_grad_norm=0.1"]))
+    model, optimizer = prepare(workspace)
+    assert "balance/task_norm" not in train_step(workspace, model, optimizer, None, 0)
+
+
+@pytest.mark.slow
+def test_two_processes_clip_as_one(overrides: list[str], tmp_path: Path):
+    """The first window only measures: its gradient is one process's. Both ranks resume to the same weights."""
+    first, options = {}, [*HARD, "optim.max_grad_norm=0.3", "optim.constraint_max_grad_norm=0.1", "checkpoint_every=2"]
+    for processes, size in ((1, 4), (2, 2)):
+        folder = tmp_path / str(processes)
+        extra = [*options, f"optim.batch_size={size}", f"rollout.prompts={size}", f"output_dir={folder}"]
+        launch(processes, "finetune", "demo", *overrides, *extra)
+        first[processes] = metrics(folder)[0]
+    assert first[2]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
+    last = metrics(folder)[-1]
+    assert last["balance/constraint_norm"] > last["balance/task_norm"]
+    newest = folder / "checkpoints" / "step-000004.pt"
+    whole = torch.load(newest, weights_only=True)
+    newest.unlink()  # as if stopped after step 2
+    launch(2, "finetune", "demo", *overrides, *extra, "resume=true")
+    assert equal(torch.load(newest, weights_only=True), whole)
