@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -136,7 +136,7 @@ class SplitGradients:
             )
         if not any(part.requires_grad for part in out._parts):
             raise ValueError("out has no gradient; allowed: an output of a call with gradients on")
-        self.backward_parts(*out._parts, divisor=divisor, scaler=scaler)
+        self._backward(*out._parts, divisor, scaler)
 
     def backward_parts(
         self,
@@ -152,7 +152,8 @@ class SplitGradients:
         responses cost no more than both in one pass. With DDP, the constraints' takes the model without its wrapper.
 
         Args:
-            task: The task's loss; 0-d. None, or one without gradient: nothing is added.
+            task: The task's loss; 0-d. None, or one without gradient: nothing is added. Of a call of the objective,
+                where ``normalize`` divides it.
             constraint: What the objective adds to it, as the ``loss`` of a call whose task weights are all 0; 0-d.
             divisor: As in `backward`.
             scaler: As in `backward`.
@@ -169,8 +170,6 @@ class SplitGradients:
             >>> print(parts.clip_(max_norm=1.0).constraint.round(decimals=3))
             tensor(5.1960)
         """
-        if not (isinstance(divisor, int | float) and 0 < divisor < math.inf):
-            raise ValueError(f"divisor={divisor!r}; allowed: a finite number > 0")
         for name, loss in (("task", task), ("constraint", constraint)):
             if loss is None:
                 continue
@@ -178,6 +177,11 @@ class SplitGradients:
                 raise TypeError(f"{name} is a {type(loss).__name__}; allowed: a loss (0-d tensor) or None")
             if loss.numel() != 1:
                 raise ValueError(f"{name} has shape {tuple(loss.shape)}; allowed: a loss (0-d tensor)")
+        self._backward(task, constraint, divisor, scaler)
+
+    def _backward(self, task: Tensor | None, constraint: Tensor | None, divisor: float, scaler: Any) -> None:
+        if not (isinstance(divisor, int | float) and 0 < divisor < math.inf):
+            raise ValueError(f"divisor={divisor!r}; allowed: a finite number > 0")
         if scaler is not None and scaler.is_enabled():
             self._scale = scaler.scale(torch.ones((), device=self._parameters[0].device))
             task, constraint = (None if loss is None else scaler.scale(loss) for loss in (task, constraint))

@@ -175,7 +175,10 @@ def train_step(
             # The window's token mean, whatever backward and the ranks divide by.
             task_weight = repeats * accelerator.num_processes / tokens
             run = partial(one_pass, packed=workspace.policy.packed, task_weight=task_weight)
-            counts = {"num_samples_in_window": dict.fromkeys(measurements, samples), "loss_divisor": repeats}
+            counts: dict[str, Any] = {
+                "num_samples_in_window": dict.fromkeys(measurements, samples),
+                "loss_divisor": repeats,
+            }
             if parts is None:
                 with clock("forward"):
                     loss, task_loss = run(model, batch, objective, measurements, **counts)
@@ -183,7 +186,7 @@ def train_step(
                     accelerator.backward(loss)
             else:
                 with clock("forward"):
-                    task_loss, _ = run(model, batch._replace(rollouts=[]), None, {})
+                    task_loss, _ = run(model, batch._replace(rollouts=[]), objective, {}, **counts)
                 with clock("backward"):
                     accelerator.backward(task_loss)
                 with clock("forward"):

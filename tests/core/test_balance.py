@@ -87,6 +87,46 @@ def test_without_clipping_it_is_the_gradient_of_the_loss(split):
     assert got[0][1] is None  # the frozen bias
 
 
+def batch_of(rows, cu_seqlens, task_weights, num_sampled):
+    targets = torch.arange(rows) % 3
+    return PackedBatch(
+        targets[-cu_seqlens[-1] :], torch.tensor(cu_seqlens), exact(task_weights).detach(), num_sampled=num_sampled
+    )
+
+
+@pytest.mark.parametrize(("micro_batches", "normalize"), [(1, False), (2, True)])
+def test_two_passes_of_linear_are_one(micro_batches, normalize):
+    """Two sequences to imitate and two sampled ones: one pass makes the gradient that the two parts add up to."""
+    torch.manual_seed(5)
+    model, x = torch.nn.Linear(4, 6).double(), torch.randn(8, 4, dtype=F64)
+    head, costs = torch.randn(3, 6, dtype=F64), torch.tensor([0.2, 1.4])
+    both = batch_of(8, [0, 2, 4, 7, 8], [0.3, 0.2, 0.0, 0.0], 2)
+    pairs, samples = batch_of(4, [0, 2, 4], [0.3, 0.2], 0), batch_of(8, [0, 3, 4], [0.0, 0.0], 2)
+    seen = {}
+    for way in ("together", "apart"):
+        objective = BarrierObjective(None, [Constraint("cost", upper=0.3)], normalize=normalize)
+        counts = {"num_samples_in_window": {"cost": 2 * micro_batches}, "loss_divisor": micro_batches}
+        parts = SplitGradients(model.parameters())
+        for _ in range(2):  # the first window only measures
+            model.zero_grad()
+            for _ in range(micro_batches):
+                measured = {"cost": Sampled(costs)}
+                if way == "together":
+                    (objective.linear(model(x), head, both, measured, **counts).loss / micro_batches).backward()
+                else:
+                    task = objective.linear(model(x[:4]), head, pairs, **counts)
+                    parts.backward_parts(task=task.loss, divisor=micro_batches)
+                    rest = objective.linear(model(x[4:]), head, samples, measured, **counts)
+                    parts.backward_parts(constraint=rest.loss, divisor=micro_batches)
+            norms = parts.clip_(math.inf)
+            objective.step()
+        seen[way] = torch.cat([p.grad.flatten() for p in model.parameters()]), objective.report()
+    assert norms.constraint > 0.01
+    assert (seen["together"][0] - seen["apart"][0]).abs().max() < 1e-12
+    assert seen["together"][1] == seen["apart"][1]
+    assert norms.total.item() == pytest.approx(seen["together"][0].norm().item())
+
+
 def opposed(multiplier):
     """A task that pulls along [1, 0] and a constraint along [0.6, 0.8], ``multiplier`` times as strong."""
     theta = torch.zeros(2, dtype=F64, requires_grad=True)
@@ -302,8 +342,22 @@ def test_mistakes():
     batch = PackedBatch(torch.tensor([1, 0]), torch.tensor([0, 2]), torch.tensor([0.5]), num_sampled=0)
     with pytest.raises(ValueError, match="out is of linear"):
         parts.backward(BarrierObjective(None, [C]).linear(hidden, torch.eye(3), batch))
-    with pytest.warns(RuntimeWarning, match="reaches none of the parameters"):
+    for losses, error, message in (
+        ((1.0,), TypeError, r"task is a float; allowed: a loss \(0-d tensor\) or None"),
+        ((None, out), TypeError, "constraint is a ObjectiveOutput; allowed: a loss"),
+        ((theta.sum(), theta.repeat(2)), ValueError, r"constraint has shape \(2,\); allowed: a loss"),
+    ):
+        with pytest.raises(error, match=message):
+            parts.backward_parts(*losses)
+    with pytest.raises(ValueError, match="divisor=nan; allowed: a finite number > 0"):
+        parts.backward_parts(theta.sum(), divisor=math.nan)
+    assert theta.grad is None
+    assert not parts._kept
+    with pytest.warns(RuntimeWarning, match="reaches none of the parameters") as warned:
         SplitGradients([exact([1.0])]).backward(out)
+    with pytest.warns(RuntimeWarning, match="reaches none of the parameters") as warned_too:
+        SplitGradients([exact([1.0])]).backward_parts(constraint=out.loss)
+    assert {w.filename for w in (*warned, *warned_too)} == {__file__}
 
 
 # ---- real processes
