@@ -857,11 +857,11 @@ def test_every_weight_is_in_the_legend(done):
 
 def shares(
     method: str, *options: str, steps: int, bounds: tuple[float, float] = (24, 32)
-) -> tuple[float, float, float]:
-    """Of six runs in a window, mean shares outside: of estimates, of the policy's own mean, and of that before."""
+) -> tuple[float, float, float, float]:
+    """Of six runs in a window, mean shares outside (estimates, the policy's own mean, that before), and progress."""
     task = Task(window(*bounds), method, 0, steps, Sources(extra=options))
     runs = [simulate(dataclasses.replace(task, seed=seed), speed) for seed in range(3) for speed in SPEEDS]
-    return tuple(sum(getattr(c, name) for c in runs) / 6 for name in ("infeasible", "outside", "before"))
+    return tuple(sum(getattr(c, name) for c in runs) / 6 for name in ("infeasible", "outside", "before", "progress"))
 
 
 def test_bounds_drawn_in_keep_the_estimates_of_learned_multipliers_inside():
@@ -892,14 +892,17 @@ def test_looking_ahead_makes_swings_smaller(monkeypatch):
     assert ahead[1] < 0.75 * behind[1]
 
 
+def over_windows(*options: str) -> list[float]:
+    """The default's `shares` after 100 steps, means over all windows."""
+    return [
+        sum(column) / len(WINDOWS)
+        for column in zip(*(shares(DEFAULT, *options, steps=100, bounds=w) for w in WINDOWS), strict=True)
+    ]
+
+
 def test_handing_over_in_a_swing_ends_it_sooner(monkeypatch):
-    """Of the policy: in short runs at their end, in longer ones before it."""
-
-    def outside(steps):
-        found = [shares(DEFAULT, steps=steps, bounds=w) for w in WINDOWS]
-        return [sum(share[k] for share in found) / len(found) for k in (1, 2)]
-
-    at_once = outside(44), outside(100)
+    """Of the policy, before the last quarter; and the task gets further."""
+    at_once = over_windows()
     hold = AdaptiveBarrier._hold
 
     def never_met(self, b, r, mu):
@@ -907,9 +910,20 @@ def test_handing_over_in_a_swing_ends_it_sooner(monkeypatch):
         b.met = 0.0
 
     monkeypatch.setattr(AdaptiveBarrier, "_hold", never_met)
-    late = outside(44), outside(100)
-    assert at_once[0][0] < 0.6 * late[0][0]
-    assert at_once[1][1] < 0.85 * late[1][1]
+    late = over_windows()
+    assert at_once[2] < 0.9 * late[2]
+    assert at_once[3] > 1.02 * late[3]
+
+
+def test_clipped_apart_the_task_gets_further():
+    """Half of the task's norm is enough for the bounds, and leaves the task nearly all of what it has without them."""
+    together, apart = over_windows(), over_windows("optim.constraint_max_grad_norm=0.5")
+    task = Task(window(12, 16), DEFAULT, 0, 100, SOURCES)
+    free = [simulate(dataclasses.replace(task, seed=k), SPEEDS[1], constrained=False).progress for k in range(3)]
+    assert apart[3] > 1.05 * together[3]
+    assert 0.94 < apart[3] / (sum(free) / 3) < 1
+    assert apart[1] < together[1] + 0.02
+    assert apart[2] < together[2]
 
 
 def test_the_surrogate_is_reproducible_and_takes_windows_of_length_only():
@@ -924,4 +938,4 @@ def test_the_surrogates_table(capsys):
     assert surrogate.main(["--steps", "4", "--seeds", "1"]) == 0
     header, _, *lines = capsys.readouterr().out.splitlines()
     assert header == "| steps |  | 8 to 12 | 12 to 16 | 16 to 24 | 24 to 32 | 32 to 48 |"
-    assert [line.split(" | ")[1] for line in lines] == ["MM", "MM, confidence 6", "default", "default, confidence 0.5"]
+    assert [line.split(" | ")[1] for line in lines] == [name for name, *_ in surrogate._COMPARED]
