@@ -27,8 +27,8 @@ class PartNorms(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """Norm of the sum of both: what clipping the sum would go by."""
-        dot = torch.nan_to_num(self.cosine, nan=0.0) * self.task * self.constraint
+        """Norm of the sum of both, which clipping the sum would go by; to a thousandth of the larger part."""
+        dot = torch.where(self.cosine.isnan(), 0.0, self.cosine * self.task * self.constraint)
         return (self.task**2 + self.constraint**2 + 2 * dot).clamp(min=0).sqrt()
 
     def metrics(self) -> dict[str, float]:
@@ -146,21 +146,23 @@ class SplitGradients:
         divisor: float = 1,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """As `backward`, of losses that have been kept apart: both, or one after the other.
+        """As `backward`, of losses that have been kept apart: both, or of two passes one after the other.
 
         So `BarrierObjective.linear` can be used: one pass over the task's sequences and one over the sampled
-        responses cost no more than both in one pass. With DDP, the constraints' takes the model without its wrapper.
+        responses go over the rows of the one pass over both.
 
         Args:
-            task: The task's loss; 0-d. None, or one without gradient: nothing is added. Of a call of the objective,
-                where ``normalize`` divides it.
-            constraint: What the objective adds to it, as the ``loss`` of a call whose task weights are all 0; 0-d.
+            task: The task's loss (0-d, floating), with gradient: the ``loss`` of an output without measurements, not
+                its ``task_loss``. None: nothing is added.
+            constraint: What the objective adds to it: the ``loss`` of a call whose task weights are all 0. With DDP, of
+                the model without its wrapper.
             divisor: As in `backward`.
-            scaler: As in `backward`.
+            scaler: As in `backward`; the same for both.
 
         Raises:
             TypeError: Neither a tensor nor None.
-            ValueError: A tensor with more than one element; a divisor that is no positive number.
+            ValueError: A tensor that is no floating scalar or has no gradient; neither of both; a divisor that is no
+                positive number.
 
         Example:
             >>> policy = torch.nn.Linear(2, 1)
@@ -170,13 +172,21 @@ class SplitGradients:
             >>> print(parts.clip_(max_norm=1.0).constraint.round(decimals=3))
             tensor(5.1960)
         """
+        if task is constraint is None:
+            raise ValueError("task and constraint are None; allowed: at least one loss")
         for name, loss in (("task", task), ("constraint", constraint)):
             if loss is None:
                 continue
             if not isinstance(loss, Tensor):
-                raise TypeError(f"{name} is a {type(loss).__name__}; allowed: a loss (0-d tensor) or None")
-            if loss.numel() != 1:
-                raise ValueError(f"{name} has shape {tuple(loss.shape)}; allowed: a loss (0-d tensor)")
+                raise TypeError(f"{name} is a {type(loss).__name__}; allowed: a loss (0-d floating tensor) or None")
+            if loss.dim() != 0 or not loss.is_floating_point():
+                given = f"{loss.dtype} of shape {tuple(loss.shape)}"
+                raise ValueError(f"{name} is {given}; allowed: a loss (0-d floating tensor)")
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"{name} has no gradient; allowed: a loss of a pass with gradients on (an output's loss, not its "
+                    "task_loss), or None"
+                )
         self._backward(task, constraint, divisor, scaler)
 
     def _backward(self, task: Tensor | None, constraint: Tensor | None, divisor: float, scaler: Any) -> None:

@@ -18,7 +18,8 @@ from barrierlm import BarrierObjective
 from barrierlm.files import StorageError, make_folder, replacing, storage_errors, sync_folder
 
 from .best import BestWeights
-from .config import ConfigError
+from .config import ConfigError, leaves
+from .options import Options
 from .random_state import random_state, set_random_state
 
 _KEEP = 2
@@ -140,7 +141,9 @@ class Checkpoints:
         state = _read(path)
         if state["step"] != step:
             raise ConfigError(f"{path} is of step {state['step']}; allowed: its own name")
-        saved, own = state["run"], self.run
+        # An option that there was not yet, when the file was written: as if not given.
+        later = {key: value for key, _, value in leaves(Options()) if key in self.run}
+        saved, own = later | state["run"], self.run
         for name in [*own, *saved]:
             if name not in saved or name not in own or saved[name] != own[name]:
                 raise ConfigError(

@@ -186,7 +186,7 @@ def train_step(
                     accelerator.backward(loss)
             else:
                 with clock("forward"):
-                    task_loss, _ = run(model, batch._replace(rollouts=[]), objective, {}, **counts)
+                    task_loss, _ = run(model, batch._replace(rollouts=[]), None, {})
                 with clock("backward"):
                     accelerator.backward(task_loss)
                 with clock("forward"):

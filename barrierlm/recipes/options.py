@@ -181,7 +181,7 @@ class Options:
     balance_every: int = _option(
         0,
         "steps between logs of the gradient norms of task and constraints (`balance/...`); each takes one more forward "
-        "and backward pass, but no sampling; 0: never",
+        "and backward pass, but no sampling; 0: never. With optim.constraint_max_grad_norm every step has them",
         low=0,
     )
     checkpoint_every: int = _option(0, "steps between checkpoints; 0: none", low=0, may_differ=True)

@@ -35,7 +35,7 @@ _START, _DATA = 55.0, 18.5
 #: Spread of a token's gradient in all other directions together: of a sampled response, and of the data.
 _SAMPLED_NOISE, _DATA_NOISE = 0.35 / math.sqrt(_PARAMETERS), 1.5 / math.sqrt(_PARAMETERS)
 #: What gradients are multiplied by to be clipped as often as the model's: the task's norm is then about 1, and that of
-#: a net multiplier w at 14 tokens about 90 w.
+#: a net multiplier w at 14 tokens about 70 w (the model's, in a run of 12 to 16: 90 w).
 _SIZE = 6.0
 #: The task's gradient where it has nothing to do with the length, before that.
 _SLOPE = 0.1
@@ -156,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return list(pool.map(_one, [(one, speed, constrained) for one in seeds for speed in SPEEDS]))
 
         for steps in arguments.steps:
-            free = courses(Task(window(*WINDOWS[0]), DEFAULT, 0, steps, Sources()), constrained=False)
+            free = courses(
+                Task(window(*WINDOWS[0]), DEFAULT, 0, steps, Sources(extra=tuple(arguments.set))), constrained=False
+            )
             alone = fmean(c.progress for c in free)
             for name, method, options in _COMPARED:
                 cells = []

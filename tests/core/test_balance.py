@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from barrierlm import BarrierObjective, Constraint, PackedBatch, Sampled, SplitGradients
+from barrierlm.balance import PartNorms
 
 from .helpers import F64, C, exact, relaxed
 from .test_windows import free_port
@@ -125,6 +126,30 @@ def test_two_passes_of_linear_are_one(micro_batches, normalize):
     assert (seen["together"][0] - seen["apart"][0]).abs().max() < 1e-12
     assert seen["together"][1] == seen["apart"][1]
     assert norms.total.item() == pytest.approx(seen["together"][0].norm().item())
+
+
+def test_two_passes_with_a_grad_scaler():
+    """Both parts are multiplied by the scale, also where each has a call of its own."""
+    theta, scaler = exact([1.0, 2.0]), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    parts = SplitGradients([theta])
+    parts.backward_parts(task=theta.sum(), scaler=scaler)
+    parts.backward_parts(constraint=3 * theta[0], scaler=scaler)
+    norms = parts.clip_(math.inf)
+    assert theta.grad.tolist() == [4 * 1024.0, 1024.0]
+    assert norms.task.item() == pytest.approx(math.sqrt(2))
+    assert norms.constraint.item() == pytest.approx(3)
+    assert norms.total.item() == pytest.approx(math.sqrt(17))
+
+
+def test_the_norm_of_both_where_they_oppose():
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    assert PartNorms(one, two, torch.tensor(-1.0)).total == 1
+    assert PartNorms(one, one, torch.tensor(-1.0)).total == 0
+    rounded = torch.tensor(-1.0 - 2**-23)  # as a product of three rounded numbers may be
+    assert PartNorms(one, one, rounded).total == 0
+    nan = torch.tensor(math.nan)
+    assert PartNorms(one, torch.tensor(0.0), nan).total == 1
+    assert PartNorms(one, torch.tensor(math.inf), nan).total == math.inf
 
 
 def opposed(multiplier):
@@ -343,9 +368,13 @@ def test_mistakes():
     with pytest.raises(ValueError, match="out is of linear"):
         parts.backward(BarrierObjective(None, [C]).linear(hidden, torch.eye(3), batch))
     for losses, error, message in (
-        ((1.0,), TypeError, r"task is a float; allowed: a loss \(0-d tensor\) or None"),
+        ((), ValueError, "task and constraint are None; allowed: at least one loss"),
+        ((1.0,), TypeError, r"task is a float; allowed: a loss \(0-d floating tensor\) or None"),
         ((None, out), TypeError, "constraint is a ObjectiveOutput; allowed: a loss"),
-        ((theta.sum(), theta.repeat(2)), ValueError, r"constraint has shape \(2,\); allowed: a loss"),
+        ((theta.sum(), theta.repeat(1)), ValueError, r"constraint is torch.float64 of shape \(1,\); allowed: a loss"),
+        ((torch.tensor(1),), ValueError, r"task is torch.int64 of shape \(\); allowed: a loss"),
+        ((out.task_loss, out.loss), ValueError, "task has no gradient; allowed: .* not its task_loss"),
+        ((out.loss, out.task_loss), ValueError, "constraint has no gradient; allowed: "),
     ):
         with pytest.raises(error, match=message):
             parts.backward_parts(*losses)

@@ -1,11 +1,14 @@
 """`optim.constraint_max_grad_norm`: task and constraints in passes of their own, and clipped apart."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from barrierlm import SplitGradients
+from barrierlm.recipes.check import run_check
 from barrierlm.recipes.config import load_options
 from barrierlm.recipes.finetune import prepare, train_step
 from barrierlm.recipes.workspace import build_objective, open_workspace
@@ -17,11 +20,15 @@ from .tiny import launch
 HARD = ["constraints.length.lower=1", "constraints.length.upper=2", "objective.unit=5", "save_model=false"]
 
 
-def steps(overrides: list[str], *extra: str, number: int = 4) -> list[tuple[dict[str, float], torch.Tensor]]:
+def steps(
+    overrides: list[str], *extra: str, number: int = 4, hook: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> list[tuple[dict[str, float], torch.Tensor]]:
     """Metrics of some steps from the same weights, and the gradient that the optimizer saw in each."""
     workspace = open_workspace(load_options(None, [*overrides, *extra]))
     model, optimizer = prepare(workspace)
     objective, weights, seen = build_objective(workspace.options), workspace.policy.trained(), []
+    if hook is not None:
+        weights[0].register_hook(hook)
     optimizer.optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten() for p in weights])))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -45,16 +52,32 @@ def test_without_clipping_two_passes_are_one(overrides: list[str], lora_rank: in
 
 def test_multipliers_leave_the_task_its_part_of_a_step(overrides: list[str]):
     """The optimizer's gradient is the two parts, each within its own norm; clipped together, the task is lost."""
-    rows = steps([*overrides, *HARD], "optim.max_grad_norm=0.3", "optim.constraint_max_grad_norm=0.1")
+    limits = "optim.max_grad_norm=0.3", "optim.constraint_max_grad_norm=0.1"
+    rows = steps([*overrides, *HARD, "balance_every=1"], *limits)
     for row, gradient in rows:
         task, rest, cosine = (row[f"balance/{name}"] for name in ("task_norm", "constraint_norm", "cosine"))
         t, c = min(task, 0.3), min(rest, 0.1)
         expected = (t**2 + c**2 + (2 * t * c * cosine if c else 0.0)) ** 0.5
         assert gradient.norm().item() == pytest.approx(expected, rel=1e-4)
+        assert "seconds/balance" not in row
         assert row["grad_norm"] == pytest.approx(
             (task**2 + rest**2 + (2 * task * rest * cosine if c else 0.0)) ** 0.5, rel=1e-4
         )
     assert rows[-1][0]["balance/constraint_norm"] > 3 * rows[-1][0]["balance/task_norm"]
+
+
+def test_what_is_not_finite_is_told_as_without_it(overrides: list[str]):
+    """By the norm, which `barrierlm check` looks at."""
+    for extra in ((), ("optim.constraint_max_grad_norm=0.1",)):
+        rows = steps(overrides, *extra, number=1, hook=lambda gradient: gradient * math.inf)
+        assert not math.isfinite(rows[0][0]["grad_norm"])
+
+
+def test_check_counts_no_pass_for_the_balance(overrides: list[str]):
+    extra = ["optim.constraint_max_grad_norm=0.1", "balance_every=1"]
+    found = run_check(open_workspace(load_options(None, [*overrides, *extra])), windows=1)
+    passes = found.parts["forward"] + found.parts["backward"]
+    assert found.step_seconds < sum(found.parts.values()) + passes / 2
 
 
 def test_without_constraints_it_changes_nothing(overrides: list[str], monkeypatch: pytest.MonkeyPatch):
@@ -66,18 +89,23 @@ def test_without_constraints_it_changes_nothing(overrides: list[str], monkeypatc
 
 @pytest.mark.slow
 def test_two_processes_clip_as_one(overrides: list[str], tmp_path: Path):
-    """The first window only measures: its gradient is one process's. Both ranks resume to the same weights."""
-    first, options = {}, [*HARD, "optim.max_grad_norm=0.3", "optim.constraint_max_grad_norm=0.1", "checkpoint_every=2"]
-    for processes, size in ((1, 4), (2, 2)):
-        folder = tmp_path / str(processes)
-        extra = [*options, f"optim.batch_size={size}", f"rollout.prompts={size}", f"output_dir={folder}"]
-        launch(processes, "finetune", "demo", *overrides, *extra)
-        first[processes] = metrics(folder)[0]
-    assert first[2]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
-    last = metrics(folder)[-1]
-    assert last["balance/constraint_norm"] > last["balance/task_norm"]
+    """Without clipping both ranks' parts add up to their one pass; with it, they resume to the same weights."""
+    small = [*HARD, "optim.batch_size=2", "rollout.prompts=2", "optim.learning_rate=1e-12"]  # weights stay
+    rows = []
+    for name, extra in (("together", "balance_every=1"), ("apart", "optim.constraint_max_grad_norm=1e9")):
+        folder = tmp_path / name
+        launch(2, "finetune", "demo", *overrides, *small, "optim.max_grad_norm=1e9", extra, f"output_dir={folder}")
+        rows.append(without_times(metrics(folder)))
+    assert rows[1][-1]["balance/constraint_norm"] > 0.3 * rows[1][-1]["balance/task_norm"]
+    for one, two in zip(
+        *([{k: v for k, v in row.items() if v is not None} for row in run] for run in rows), strict=True
+    ):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+    clipped = [*HARD, "optim.max_grad_norm=0.3", "optim.constraint_max_grad_norm=0.1", "checkpoint_every=2"]
+    folder = tmp_path / "clipped"
+    launch(2, "finetune", "demo", *overrides, *clipped, f"output_dir={folder}")
     newest = folder / "checkpoints" / "step-000004.pt"
     whole = torch.load(newest, weights_only=True)
     newest.unlink()  # as if stopped after step 2
-    launch(2, "finetune", "demo", *overrides, *extra, "resume=true")
+    launch(2, "finetune", "demo", *overrides, *clipped, f"output_dir={folder}", "resume=true")
     assert equal(torch.load(newest, weights_only=True), whole)

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from barrierlm.recipes.data import Tokens
 from barrierlm.recipes.demo import demo
 from barrierlm.recipes.evaluate import evaluate
 from barrierlm.recipes.finetune import finetune, learning_rate, train
+from barrierlm.recipes.identity import same_run
 from barrierlm.recipes.options import OptimOptions, Options
 from barrierlm.recipes.rollout import Rollout
 from barrierlm.recipes.workspace import Workspace, open_workspace
@@ -175,6 +177,23 @@ def test_resuming_what_does_not_fit(overrides: list[str]):
         finetune(load_options(None, [*overrides, "resume=true", "model.lora_rank=3"]))
     with pytest.raises(ConfigError, match="was made with keep_best=False, this run has True; allowed: the same"):
         finetune(load_options(None, [*overrides, "resume=true", "keep_best=true"]))
+
+
+def test_a_checkpoint_of_before_an_option_resumes_with_its_default(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    new, options = "optim.constraint_max_grad_norm", [*overrides, "checkpoint_every=2", "save_model=false"]
+
+    def older(*given: Any) -> dict[str, Any]:
+        return {name: value for name, value in same_run(*given).items() if name != new}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("barrierlm.recipes.finetune.same_run", older)
+        finetune(load_options(None, options))
+    with pytest.raises(ConfigError, match=rf"was made with {new}=None, this run has 0\.5; allowed: the same"):
+        finetune(load_options(None, [*options, f"{new}=0.5", "resume=true"]))
+    finetune(load_options(None, [*options, "optim.steps=6", "resume=true"]))
+    assert len(metrics(Path(load_options(None, options).output_dir))) == 6
 
 
 def test_a_run_keeps_the_precision_it_began_in(overrides: list[str], monkeypatch: pytest.MonkeyPatch):
