@@ -736,6 +736,10 @@ def test_the_page(done):
     own = next(row for row in rows if row["task"]["method"] == DEFAULT)
     assert f"| **default** | {own['test']['nll']:.3f} |" in text
     assert f"| **default** | {own['shifted']['nll']:.3f} |" in text
+    plain = next(row for row in rows if row["task"]["method"] == SFT)
+    above = own["training"]["task_loss"] - plain["training"]["task_loss"]
+    line = next(line for line in text.partition("Training:")[2].splitlines() if line.startswith("| **default** |"))
+    assert line.split(" | ")[4] == f"{above:+.4f}"
     for picture in ("ends", "length-16-to-24"):
         (path,) = (done / "out").glob(f"*-{picture}.png")
         assert f"](../out/{path.name})" in text

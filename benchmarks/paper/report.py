@@ -83,6 +83,13 @@ def _named(group: list[Row], rows: list[Row]) -> str:
     return name if every == set(own) else f"{name}, seed {', '.join(map(str, own))}"
 
 
+def _training_loss(row: Row, plain: dict[int, Row]) -> str:
+    seed = row["task"]["seed"]
+    if seed not in plain:
+        return "-"
+    return f"{row['training']['task_loss'] - plain[seed]['training']['task_loss']:+.4f}"
+
+
 def _grad_norm(row: Row) -> str:
     """Unknown in results of before it was kept."""
     return number(row["training"].get("grad_norm"))
@@ -94,7 +101,7 @@ def held_out_table(rows: list[Row], plain: dict[int, Row], split: str) -> str:
     return markdown_table(["", *_HELD_OUT], body)
 
 
-def training_table(rows: list[Row]) -> str:
+def training_table(rows: list[Row], plain: dict[int, Row]) -> str:
     """A line for each method on one problem: what happened during the run, and what it took."""
     body = [
         [
@@ -102,6 +109,7 @@ def training_table(rows: list[Row]) -> str:
             _each(group, lambda r: str(r["training"]["feasible_at"] or "never")),
             _each(group, lambda r: f"{r['training']['infeasible_share']:.0%}"),
             _each(group, _multipliers),
+            _each(group, lambda r: _training_loss(r, plain)),
             _each(group, _grad_norm),
             _each(group, lambda r: f"{r['training']['censored']:.0%}"),
             _each(group, lambda r: f"{r['training']['responses']:,}"),
@@ -110,7 +118,7 @@ def training_table(rows: list[Row]) -> str:
         ]
         for group in by_method(rows)
     ]
-    header = ["", "feasible at", "infeasible", "multiplier", "gradient", "censored", "responses", "s training"]
+    header = ["", "feasible at", "infeasible", "multiplier", "loss", "gradient", "censored", "responses", "s training"]
     return markdown_table([*header, "s evaluation"], body, optional=["gradient"])
 
 
@@ -126,7 +134,7 @@ def problem_section(name: str, rows: list[Row], plain: dict[int, Row], picture: 
         start = "the SFT run of the same seed, and so has twice its steps in all"
     parts = [f"### {name}", f"{'; '.join(bounds)}. Starts from {start}; responses end at {problem['cap']} tokens."]
     parts += [f"![{name}]({picture})"] if picture else []
-    parts += ["Test prompts:", held_out_table(rows, plain, "test"), "Training:", training_table(rows)]
+    parts += ["Test prompts:", held_out_table(rows, plain, "test"), "Training:", training_table(rows, plain)]
     parts += ["Shifted, long prompts:", held_out_table(rows, plain, "shifted")]
     errors = [f"- {name_of(r)}, seed {r['task']['seed']}: {r['error']}" for r in rows if r["status"] != "ok"]
     return "\n\n".join([*parts, *(["Failed:", "\n".join(errors)] if errors else [])])
