@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -189,7 +189,9 @@ class SplitGradients:
                 )
         self._backward(task, constraint, divisor, scaler)
 
-    def _backward(self, task: Tensor | None, constraint: Tensor | None, divisor: float, scaler: Any) -> None:
+    def _backward(
+        self, task: Tensor | None, constraint: Tensor | None, divisor: float, scaler: torch.amp.GradScaler | None
+    ) -> None:
         if not (isinstance(divisor, int | float) and 0 < divisor < math.inf):
             raise ValueError(f"divisor={divisor!r}; allowed: a finite number > 0")
         if scaler is not None and scaler.is_enabled():

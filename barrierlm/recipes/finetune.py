@@ -165,6 +165,9 @@ def train_step(
     grad_norm = torch.zeros(())
     apart = objective is not None and optim.constraint_max_grad_norm is not None
     parts = SplitGradients(workspace.policy.trained()) if apart else None
+    # The window's token mean, whatever backward and the ranks divide by.
+    task_weight = repeats * accelerator.num_processes / tokens
+    run = partial(one_pass, packed=workspace.policy.packed, task_weight=task_weight)
     for batch in window:
         with accelerator.accumulate(model):
             measurements: dict[str, Sampled] = {}
@@ -172,9 +175,6 @@ def train_step(
                 groups = batch.groups if workspace.options.rollout.responses_per_prompt > 1 else None
                 with clock("costs"):
                     measurements, _ = measure_rollouts(workspace.costs, workspace.policy, batch.rollouts, groups)
-            # The window's token mean, whatever backward and the ranks divide by.
-            task_weight = repeats * accelerator.num_processes / tokens
-            run = partial(one_pass, packed=workspace.policy.packed, task_weight=task_weight)
             counts: dict[str, Any] = {
                 "num_samples_in_window": dict.fromkeys(measurements, samples),
                 "loss_divisor": repeats,
