@@ -7,6 +7,7 @@ import multiprocessing
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,7 +39,7 @@ from benchmarks.paper.experiment import (
     quick,
     window,
 )
-from benchmarks.paper.groups import by_problem
+from benchmarks.paper.groups import by_problem, change, difference
 from benchmarks.paper.methods import (
     AUGMENTED,
     DEFAULT,
@@ -467,6 +468,8 @@ def test_every_run_leaves_its_row(done):
         for split in ("test", "shifted"):
             part = row[split]
             assert part["perplexity"] == pytest.approx(math.exp(part["nll"]))
+            assert sum(part["nlls"]) / sum(part["tokens"]) == pytest.approx(part["nll"], abs=1e-3)
+            assert len(part["nlls"]) == row["splits"][split]["pairs"]
             assert part["measures"].keys() == {"length", "helpful", "harmless"}
             assert 0 <= part["measures"]["harmless"]["mean"] <= 1
             assert 0 <= part["censored"] <= 1
@@ -761,6 +764,7 @@ def test_targets_of_rows_made_by_hand(done):
         row = json.loads(json.dumps(row))
         row["task"]["seed"] = seed
         row["test"] |= {"nll": nll, "verdict": "met" if length <= upper else "missed"}
+        row["test"]["nlls"] = [nll * t for t in row["test"]["tokens"]]
         row["test"]["measures"]["length"] = {"mean": length, "stderr": 0.5}
         row["training"]["infeasible_share"] = share
         return row
@@ -774,6 +778,7 @@ def test_targets_of_rows_made_by_hand(done):
     found = targets(made, complete=True)
     assert [line[2] for line in found] == ["no", "no", "open", "yes", "no"]  # MM's lower NLL beside a missed bound
     assert found[1][1].startswith("1 of 2: length 16 to 24, seed 0 +2.5%; length 16 to 24, seed 1 +5.0%")
+    assert found[3][1] == "1 of 1: length 16 to 24, seed 0 4.1000 against 4.2000 (-0.1000 ± 0.0000)"
     made[0]["test"]["measures"]["length"]["mean"] = made[1]["test"]["measures"]["length"]["mean"] = 30.0
     assert [line[2] for line in targets(made, complete=True)][1:3] == ["open", "yes"]
     many = made + [one(DEFAULT, seed, 4.0, 20.0, 0.1) for seed in (2, 3)]
@@ -782,6 +787,36 @@ def test_targets_of_rows_made_by_hand(done):
     (line,) = search_lines(rows)
     assert line[:3] == ["length 16 to 24", "2", "2.0"]
     assert list(by_problem(rows)) == ["length 16 to 24"]
+
+
+def test_the_interval_of_a_difference_is_over_pairs():
+    """Against resampled pairs, and it is far narrower than that of either mean."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(3, 40, 256)
+    of_pair = 4 * tokens + 9 * generator.standard_normal(256)
+    own, theirs = (of_pair + shift * tokens + 1.5 * generator.standard_normal(256) for shift in (0.1, 0.0))
+
+    def row(nlls, **more):
+        nll = float(nlls.sum() / tokens.sum())
+        test = {"nll": nll, "nlls": nlls.tolist(), "tokens": tokens.tolist()} | more
+        return {"task": {"seed": 0}, "test": test, "splits": {"test": {"digest": "a"}}}
+
+    above, half = difference(row(own), row(theirs))
+    assert above == pytest.approx((own - theirs).sum() / tokens.sum())
+    picks = generator.integers(0, 256, (4000, 256))
+    resampled = ((own - theirs)[picks].sum(1) / tokens[picks].sum(1)).std()
+    assert half == pytest.approx(1.96 * resampled, rel=0.05)
+    assert half < 0.3 * 1.96 * (own[picks].sum(1) / tokens[picks].sum(1)).std()
+    assert difference(row(own), row(own)) == (0, 0)
+    whole = row(theirs)["test"]["nll"]
+    assert change(row(own), {0: row(theirs)}) == pytest.approx((above / whole, half / whole))
+    assert change(row(own), {1: row(theirs)}) is None
+    # Other pairs, or a result of before NLLs were kept by pair.
+    assert difference(row(own), row(theirs) | {"splits": {"test": {"digest": "b"}}}) == (above, None)
+    older = row(theirs)
+    del older["test"]["nlls"]
+    assert difference(row(own), older) == (above, None)
+    assert difference(older, row(own)) == (-above, None)
 
 
 def test_the_page_says_what_its_rows_are_not(done):

@@ -47,14 +47,24 @@ class ConstraintResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``nll`` per held-out response token, ``seconds`` of training and evaluation, and every constraint."""
+    """Every constraint, ``nlls`` and ``tokens`` of the held-out responses, ``seconds`` of training and evaluation.
 
-    nll: float
+    By response, since two models are told apart on the same ones far better than by their means: most of the spread
+    is the responses' own.
+    """
+
+    nlls: list[float]
+    tokens: list[int]
     seconds: float
     constraints: dict[str, ConstraintResult]
     samples: list[tuple[str, str]]
     mean_tokens: float
     censored: float
+
+    @property
+    def nll(self) -> float:
+        """Per held-out response token, in nats."""
+        return sum(self.nlls) / sum(self.tokens)
 
     def summary(self) -> dict[str, Any]:
         """The entry in summary.json."""
@@ -86,7 +96,7 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
     policy, size = workspace.policy, options.batch_size
     was_training = policy.lm.training
     policy.lm.eval()
-    nll = tokens = 0.0
+    nlls: list[float] = []
     rollouts: list[Rollout] = []
     values: dict[str, list[float]] = {name: [] for name in workspace.costs}
     with torch.no_grad(), torch.random.fork_rng():
@@ -95,7 +105,7 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
             batch = pairs[start : start + size]
             prompt_ids, response_ids = [t.prompt_ids for t in batch], [t.response_ids for t in batch]
             logps = policy(lay_out(prompt_ids, response_ids, packed=policy.packed, device=policy.device))
-            nll, tokens = nll - float(logps.double().sum()), tokens + len(logps)
+            nlls += [-float(part.sum()) for part in logps.double().split([len(ids) for ids in response_ids])]
         for start in range(0, len(prompts), size):
             sampled = workspace.sample(prompts[start : start + size])
             rollouts += sampled
@@ -106,11 +116,11 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
                 values[name] += per_response(measurement, sequences, logps).tolist()
     policy.lm.train(was_training)
     shown = [(r.prompt.pair.prompt, r.text) for r in rollouts]
-    parts = gather_object([(nll, tokens, values, [(len(r.ids), r.censored) for r in rollouts], shown)])
-    lengths = [entry for part in parts for entry in part[3]]
+    parts = gather_object([(nlls, values, [(len(r.ids), r.censored) for r in rollouts], shown)])
+    lengths = [entry for part in parts for entry in part[2]]
     share = sum(censored for _, censored in lengths) / len(lengths)
     for name in values:
-        missing = sum(not math.isfinite(v) for part in parts for v in part[2][name])
+        missing = sum(not math.isfinite(v) for part in parts for v in part[1][name])
         if missing:
             workspace.console.print(
                 f"Warning: {missing} of {len(lengths)} held-out responses have no cost for {name!r}, and are left out "
@@ -120,17 +130,27 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
                 soft_wrap=True,
             )
     results = {
-        name: _result([v for part in parts for v in part[2][name]], bounds.lower, bounds.upper, share)
+        name: _result([v for part in parts for v in part[1][name]], bounds.lower, bounds.upper, share)
         for name, bounds in workspace.options.constraints.items()
     }
+    tokens = [len(pair.response_ids) for pair in workspace.heldout[: options.pairs]]
     return Evaluation(
-        nll=sum(part[0] for part in parts) / sum(part[1] for part in parts),
+        nlls=_in_order([part[0] for part in parts]),
+        tokens=tokens,
         seconds=seconds + time.perf_counter() - began,
         constraints=results,
-        samples=[sample for part in parts for sample in part[4]][: options.samples],
+        samples=[sample for part in parts for sample in part[3]][: options.samples],
         mean_tokens=sum(length for length, _ in lengths) / len(lengths),
         censored=share,
     )
+
+
+def _in_order(shares: list[list[float]]) -> list[float]:
+    """What was dealt to the ranks, every ``world``-th each, as it was."""
+    found = [0.0] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        found[rank :: len(shares)] = share
+    return found
 
 
 def _result(values: list[float], lower: float | None, upper: float | None, censored: float) -> ConstraintResult:

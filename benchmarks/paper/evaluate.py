@@ -74,6 +74,8 @@ def evaluate_on(
     values = {name: {"mean": r.mean, "stderr": r.stderr} for name, r in found.constraints.items()}
     return {
         "nll": found.nll,
+        "nlls": [round(nll, 3) for nll in found.nlls],
+        "tokens": found.tokens,
         "perplexity": math.exp(found.nll),
         "seconds": round(found.seconds, 1),
         "censored": found.censored,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .experiment import Bound, Row
 from .methods import ABOUT, PENALTY, SFT
 
@@ -49,10 +51,29 @@ def sft_rows(rows: list[Row]) -> dict[int, Row]:
     return {row["task"]["seed"]: row for row in plain if not others or row["task"]["steps"] == others[0]}
 
 
-def change(row: Row, plain: dict[int, Row], split: str = "test") -> float | None:
-    """Its NLL over that of SFT with the same seed, less 1."""
+def difference(row: Row, other: Row, split: str = "test") -> tuple[float, float | None]:
+    """NLL of a run less that of another, and half of its 95% interval over the pairs of the split.
+
+    The interval is None where the pairs are not the same, and in results of before NLLs were kept by pair.
+    """
+    own, theirs = row[split], other[split]
+    above = own["nll"] - theirs["nll"]
+    if "nlls" not in own or "nlls" not in theirs or row["splits"][split] != other["splits"][split]:
+        return above, None
+    # Of a ratio of two sums, NLL over tokens: what is left of each pair's difference beside the mean one.
+    tokens, n = own["tokens"], len(own["tokens"])
+    left = [a - b - above * t for a, b, t in zip(own["nlls"], theirs["nlls"], tokens, strict=True)]
+    return above, 1.96 * math.sqrt(n / (n - 1) * sum(e * e for e in left)) / sum(tokens)
+
+
+def change(row: Row, plain: dict[int, Row], split: str = "test") -> tuple[float, float | None] | None:
+    """`difference` to SFT with the same seed, over SFT's NLL; None: there is no such run."""
     seed = row["task"]["seed"]
-    return None if seed not in plain else row[split]["nll"] / plain[seed][split]["nll"] - 1
+    if seed not in plain:
+        return None
+    whole = plain[seed][split]["nll"]
+    above, half = difference(row, plain[seed], split)
+    return above / whole, None if half is None else half / whole
 
 
 def search(rows: list[Row]) -> list[Row]:

@@ -93,7 +93,8 @@ def ends(rows: list[Row]) -> Any:
                     continue
                 style = {"color": _COLORS[row["task"]["method"]], "marker": markers[name_of(row)], "ls": "none"}
                 label = name_of(row) if row is group[0] else None
-                panel.errorbar(at["mean"], 100 * more, xerr=1.96 * at["stderr"], ms=5, lw=0.8, label=label, **style)
+                error = {"xerr": 1.96 * at["stderr"], "yerr": None if more[1] is None else 100 * more[1], "lw": 0.8}
+                panel.errorbar(at["mean"], 100 * more[0], ms=5, label=label, **error, **style)
         for row in plain.values():
             at = row["test"]["measures"][bound.measure]
             panel.plot(at["mean"], 0, marker="*", ms=9, ls="none", color=_COLORS["SFT"])

@@ -62,10 +62,18 @@ def _multipliers(row: Row) -> str:
     return ", ".join("-" if value is None else number(value, 2) for value in row["training"]["multipliers"].values())
 
 
+def _change(row: Row, plain: dict[int, Row], split: str) -> str:
+    found = change(row, plain, split)
+    if found is None:
+        return "-"
+    more, half = found
+    return f"{more:+.1%}" + ("" if half is None else f" ± {half:.1%}")
+
+
 def _held_out(split: str, rows: list[Row], plain: dict[int, Row]) -> list[str]:
     return [
         _each(rows, lambda r: f"{r[split]['nll']:.3f}"),
-        _each(rows, lambda r: "-" if change(r, plain, split) is None else f"{change(r, plain, split):+.1%}"),
+        _each(rows, lambda r: _change(r, plain, split)),
         _each(rows, lambda r: f"{r[split]['perplexity']:.1f}"),
         _each(rows, lambda r: _measured(r, split)),
         _each(rows, lambda r: r[split]["verdict"]),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..tables import number
 from .experiment import Row, best_penalty
-from .groups import bounds_of, by_problem, change, name_of, search, sft_rows
+from .groups import bounds_of, by_problem, change, difference, name_of, search, sft_rows
 from .methods import DEFAULT, METHODS, MM
 
 #: NLL over SFT's, for windows that hold SFT's own length and for the others.
@@ -70,7 +70,7 @@ def targets(rows: list[Row], *, complete: bool) -> list[Line]:
                 assert bound.lower is not None
                 assert bound.upper is not None
                 inside = bound.lower <= own <= bound.upper
-                (held if inside else other).append((f"{at} {more:+.1%}", more <= (_HELD if inside else _OTHER)))
+                (held if inside else other).append((f"{at} {more[0]:+.1%}", more[0] <= (_HELD if inside else _OTHER)))
     lines = {
         "every window met on held-out prompts by the default, every seed": met,
         f"NLL within {_HELD:.0%} of SFT's, windows that hold SFT's own length": held,
@@ -94,8 +94,9 @@ def _pairs(rows: list[Row]) -> Iterator[tuple[str, Row, Row]]:
 def _against_mm(rows: list[Row]) -> Iterator[tuple[str, bool]]:
     for at, own, theirs in _pairs(rows):
         if _met(own) and _met(theirs):
-            nll = own["test"]["nll"], theirs["test"]["nll"]
-            yield f"{at} {nll[0]:.4f} against {nll[1]:.4f}", nll[0] <= nll[1]
+            above, half = difference(own, theirs)
+            by = "" if half is None else f" ({above:+.4f} ± {half:.4f})"
+            yield f"{at} {own['test']['nll']:.4f} against {theirs['test']['nll']:.4f}{by}", above <= 0
 
 
 def _half_of_mm(rows: list[Row]) -> Iterator[tuple[str, bool]]:

@@ -17,7 +17,7 @@ from barrierlm.recipes.best import BestWeights
 from barrierlm.recipes.config import ConfigError, load_options
 from barrierlm.recipes.data import Tokens
 from barrierlm.recipes.demo import demo
-from barrierlm.recipes.evaluate import evaluate
+from barrierlm.recipes.evaluate import _in_order, evaluate
 from barrierlm.recipes.finetune import finetune, learning_rate, train
 from barrierlm.recipes.identity import same_run
 from barrierlm.recipes.options import OptimOptions, Options
@@ -307,6 +307,28 @@ def test_the_runs_of_the_demo_start_alike(options: Options):
     again = evaluate(workspace)
     assert (again.nll, again.constraints, again.samples) == (start.nll, start.constraints, start.samples)
     assert changed.nll != start.nll
+
+
+def test_an_evaluation_has_the_nll_of_every_pair(options: Options):
+    options.evaluation.pairs = 7
+    workspace = open_workspace(options)
+    found = evaluate(workspace)
+    pairs = workspace.heldout[:7]
+    assert found.tokens == [len(pair.response_ids) for pair in pairs]
+    assert found.nll == pytest.approx(sum(found.nlls) / sum(found.tokens))
+    for pair, nll in zip(pairs, found.nlls, strict=True):
+        ids = torch.tensor([[*pair.prompt_ids, *pair.response_ids]])
+        with torch.no_grad():
+            logps = workspace.policy.lm(ids).logits[0, :-1].log_softmax(-1)
+        first = len(pair.prompt_ids) - 1
+        own = logps[first:].gather(1, ids[0, first + 1 :, None])
+        assert nll == pytest.approx(-own.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+def test_what_was_dealt_to_ranks_is_put_in_order(world):
+    values = [float(i) for i in range(7)]
+    assert _in_order([values[rank::world] for rank in range(world)]) == values
 
 
 def test_groups_of_responses(options: Options):
