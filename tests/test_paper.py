@@ -559,7 +559,38 @@ def test_rows_of_an_earlier_result_are_kept_but_for_the_methods_named(done, tmp_
     assert {row["task"]["method"] for row in json.loads(path.read_text("utf-8"))["rows"]} == set(METHODS[:3]) | {SFT}
     with pytest.raises(SystemExit):
         main(["quick", "--keep", str(earlier)])
-    assert "--keep needs --methods" in capsys.readouterr().err
+    assert "--keep needs --methods or --problems" in capsys.readouterr().err
+
+
+def test_rows_of_an_earlier_result_are_kept_but_for_the_problems_named(tmp_path, monkeypatch):
+    """As if run at once, with a code that changes between the two commands."""
+
+    def run_at_once(tasks, *_):
+        for task in tasks:
+            yield {
+                "key": task.key,
+                "code": code,
+                "task": dataclasses.asdict(task),
+                "options": task.overrides(),
+            } | fake()
+
+    monkeypatch.setattr("benchmarks.paper.__main__.run_all", run_at_once)
+    monkeypatch.setattr("benchmarks.paper.__main__.remaining", lambda *_: 0.0)
+    monkeypatch.setattr("benchmarks.paper.__main__.message", lambda *_: "")
+    monkeypatch.setattr(report, "write", lambda *_: True)
+    few = ["full", "--steps", "50", "--seeds", "1", "--methods", DEFAULT, MM]
+    places = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path)]
+    code = "first"
+    assert main([*few, *places, "--problems", "length 12", "length 24"]) == 0
+    (earlier,) = tmp_path.glob("*.json")
+    code = "second"
+    assert main([*few, *places, "--problems", "length 12", "--keep", str(earlier)]) == 0
+    found = [(r["task"]["problem"]["name"], r["code"]) for r in json.loads(earlier.read_text("utf-8"))["rows"]]
+    assert found == [
+        ("SFT", "first"),
+        *[("length 12 to 16", "second")] * 2,
+        *[("length 24 to 32", "first")] * 2,
+    ]
 
 
 def test_unknown_problems_are_refused(done, capsys):

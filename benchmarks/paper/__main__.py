@@ -55,7 +55,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--keep",
         type=Path,
         metavar="RESULT",
-        help="rows of methods that --methods does not name, from an earlier result; each says what code it ran with",
+        help="rows that --methods and --problems leave out, from an earlier result; each says what code it ran with",
     )
     cores = os.cpu_count() or 1
     processes = 1 if torch.cuda.is_available() else min(2, cores)
@@ -66,8 +66,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--estimate", action="store_true", help="only say what there is to do and how long it takes")
     arguments = parser.parse_args(argv)
-    if arguments.keep and not arguments.methods:
-        parser.error("--keep needs --methods, which says what is not taken from there")
+    if arguments.keep and not (arguments.methods or arguments.problems):
+        parser.error("--keep needs --methods or --problems, which say what is not taken from there")
     if arguments.threads is None:
         arguments.threads = max(1, cores // max(1, arguments.processes))
     return arguments
@@ -80,6 +80,13 @@ def _wanted(task: Task, arguments: argparse.Namespace) -> bool:
     if task.problem.name.endswith(" only"):
         return any(_chosen(name, arguments) for name in REWARD_PROBLEMS)
     return (not arguments.methods or task.method in arguments.methods) and _chosen(task.problem.name, arguments)
+
+
+def _asked_for(task: dict[str, Any], arguments: argparse.Namespace) -> bool:
+    """By its name: SFT is taken from an earlier result unless --methods names it."""
+    return (not arguments.methods or task["method"] in arguments.methods) and _chosen(
+        task["problem"]["name"], arguments
+    )
 
 
 def _chosen(problem: str, arguments: argparse.Namespace) -> bool:
@@ -106,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     tried: dict[str, Row] = {}
     earlier = [] if arguments.keep is None else json.loads(arguments.keep.read_text(encoding="utf-8"))["rows"]
     # As they are in a file. Keys are of other code.
-    kept = {json.dumps(row["task"]): row for row in earlier if row["task"]["method"] not in arguments.methods}
+    kept = {json.dumps(row["task"]): row for row in earlier if not _asked_for(row["task"], arguments)}
 
     def done(task: Task) -> Row | None:
         return cache.done(task) or tried.get(task.key) or keep(task)
