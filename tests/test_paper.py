@@ -39,6 +39,7 @@ from benchmarks.paper.experiment import (
     quick,
     window,
 )
+from benchmarks.paper.glance import at_a_glance
 from benchmarks.paper.groups import by_problem, change, difference
 from benchmarks.paper.methods import (
     AUGMENTED,
@@ -848,6 +849,40 @@ def test_the_interval_of_a_difference_is_over_pairs():
     del older["test"]["nlls"]
     assert difference(row(own), older) == (above, None)
     assert difference(older, row(own)) == (-above, None)
+
+
+def test_at_a_glance_every_problem_stands_once(done):
+    """By the result with most steps, the newest of these; what ran with other options is another method."""
+    document = result_of(done)
+    for row in document["rows"]:
+        row["task"]["sources"]["extra"] = []
+
+    def made(date, steps=44, problem=WINDOW, methods=(DEFAULT, MM), extra=(), status="ok"):
+        task = Task(problem, DEFAULT, 0, steps, Sources(extra=extra))
+        rows = [
+            fake() | {"task": json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(task, method=method))))}
+            for method in methods
+        ]
+        return {"date": date, "rows": [row | {"status": status} for row in rows]}
+
+    verbose = window(32, 48)
+    results = [
+        made("2026-01-03", problem=REWARD),
+        made("2026-01-01", problem=verbose),
+        made("2026-01-02", problem=verbose),
+        made("2026-01-02", steps=100),
+        made("2026-01-03"),
+        made("2026-01-04", steps=200, extra=("objective.unit=1",)),
+        made("2026-01-04", steps=200, methods=(MM,)),
+        made("2026-01-04", steps=200, status="failed"),
+    ]
+    for order in (results, results[::-1]):
+        assert [found for found, _ in at_a_glance(order)] == [results[3], results[2], results[0]]
+    table = report.glance_table([document]).splitlines()
+    assert [line.split(" | ")[3] for line in table[2:]] == ["MM", "**default**"]
+    row = next(row for row in document["rows"] if row["task"]["method"] == MM)
+    assert f"{row['training']['infeasible_share']:.0%} |" in table[2]
+    assert f"| length 16 to 24 | 4 | {document['date'][:10]} | MM | " in table[2]
 
 
 def test_the_page_says_what_its_rows_are_not(done):

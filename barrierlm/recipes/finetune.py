@@ -25,6 +25,7 @@ from .evaluate import Evaluation, evaluate, print_evaluations, write_summary
 from .figure import draw_figure
 from .gradients import gradient_balance
 from .identity import same_run
+from .limit import LimitWatch
 from .microbatch import collect, one_pass, rollout_metrics, window_counts
 from .model import save_model
 from .options import OptimOptions, Options
@@ -99,6 +100,8 @@ def train(
     began = time.perf_counter()
     options, accelerator, weights = workspace.options, workspace.accelerator, workspace.policy.trained()
     objective = build_objective(options) if constrained else None
+    limit = options.optim.constraint_max_grad_norm
+    watch = LimitWatch(limit, options.optim.steps) if objective is not None and limit is not None else None
     model, optimizer = prepare(workspace)
     say = partial(workspace.console.print, markup=False, highlight=False, soft_wrap=True)
     run = same_run(options, workspace.train, accelerator.num_processes)
@@ -126,6 +129,9 @@ def train(
                 metrics = train_step(workspace, model, optimizer, objective, step)
             metrics_file.write(step + 1, {"lr": learning_rate(step, options.optim), **metrics})
             bar.update(metrics["loss/task"], objective)
+            if watch is not None and objective is not None:
+                for warning in watch.update(metrics["balance/constraint_norm"], objective.report()):
+                    say(warning)
             if best is not None and objective is not None:
                 best.update(objective.report(), metrics["loss/task"])
             if options.checkpoint_every and (step + 1) % options.checkpoint_every == 0:

@@ -16,6 +16,7 @@ from ..environment import versions as environment_versions
 from ..output import LAYOUT, path_of, stamp
 from ..tables import markdown_table, number
 from .experiment import QUICK_STEPS, SFT_STEPS, Row
+from .glance import at_a_glance
 from .groups import bounds_of, by_method, by_problem, change, name_of, reward_only, sft_rows
 from .methods import ABOUT, DEFAULT, L3M, MM, MODIFIED, SFT
 from .run import versions
@@ -281,13 +282,27 @@ def section(document: dict[str, Any], pictures: dict[str, Path], page: Path) -> 
     return "\n\n".join(part for part in parts if part)
 
 
+def glance_table(documents: list[dict[str, Any]]) -> str:
+    """The default and min-max training on every problem, each by one result."""
+    body = []
+    for document, rows in at_a_glance(documents):
+        plain = sft_rows(document["rows"])
+        for group in by_method([row for row in rows if row["task"]["method"] in (DEFAULT, MM)]):
+            steps, date = str(rows[0]["task"]["steps"]), document["date"][:10]
+            held = _held_out("test", group, plain)
+            outside = _each(group, lambda r: f"{r['training']['infeasible_share']:.0%}")
+            name = rows[0]["task"]["problem"]["name"]
+            body.append([name, steps, date, _named(group, rows), held[1], held[3], held[4], outside])
+    return markdown_table(["", "steps", "date", "", "to SFT", "mean", "verdict", "infeasible"], body)
+
+
 def updated(text: str, documents: list[dict[str, Any]], results: Path, page: Path) -> str:
     """The page's text, written anew up to the mark; pictures go beside the results."""
     from .plots import save_pictures
 
     _, _, after = text.partition(END)
     methods = markdown_table(["method", "what it is"], [[name, about] for name, about in ABOUT.items()])
-    head = HEAD.read_text(encoding="utf-8").replace("METHODS", methods)
+    head = HEAD.read_text(encoding="utf-8").replace("METHODS", methods).replace("GLANCE", glance_table(documents))
     parts = [section(d, save_pictures(d["rows"], path_of(d, results)), page) for d in documents]
     return "\n\n".join([head.rstrip(), *parts, END]) + (after or "\n")
 

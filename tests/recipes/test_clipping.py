@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from barrierlm import SplitGradients
+from barrierlm.diagnostics import BoundState, Report
 from barrierlm.recipes.check import run_check
 from barrierlm.recipes.config import load_options
-from barrierlm.recipes.finetune import prepare, train_step
+from barrierlm.recipes.finetune import prepare, train, train_step
+from barrierlm.recipes.limit import LimitWatch
 from barrierlm.recipes.workspace import build_objective, open_workspace
 
 from .test_finetune import equal, metrics, without_times
@@ -71,6 +73,47 @@ def test_what_is_not_finite_is_told_as_without_it(overrides: list[str]):
     for extra in ((), ("optim.constraint_max_grad_norm=0.1",)):
         rows = steps(overrides, *extra, number=1, hook=lambda gradient: gradient * math.inf)
         assert not math.isfinite(rows[0][0]["grad_norm"])
+
+
+#: A run of 12 steps has a patience of 10.
+LIMITED = [*HARD, "optim.steps=12", "balance_every=0", "checkpoint_every=0"]
+
+
+@pytest.mark.parametrize(("limit", "told"), [("1e-3", 1), ("1e9", 0), ("null", 0)])
+def test_a_limit_that_keeps_a_bound_violated_is_told(overrides: list[str], capsys, limit: str, told: int):
+    """Once, and by name: nothing moves under so small a limit, and with none there is nothing to raise."""
+    options = load_options(None, [*overrides, *LIMITED, f"optim.constraint_max_grad_norm={limit}"])
+    train(open_workspace(options), Path(options.output_dir))
+    shown = capsys.readouterr().out
+    warning = (
+        "Warning: 'length' <= 2 has been violated for 10 steps, in all of which optim.constraint_max_grad_norm=0.001 "
+    )
+    assert shown.count(warning + "clipped the constraints' gradient") == shown.count("Warning") == told
+
+
+def test_steps_in_a_row_are_counted_for_every_bound():
+    def state(side: str, verdict: str) -> BoundState:
+        return BoundState("length", side, 3.0, *[0.0] * 7, verdict)
+
+    def told(lower: str, upper: str, norm: float = 2.0) -> list[str]:
+        report = Report([state("lower", lower), state("upper", upper)])
+        return [line.split(" has")[0] for line in watch.update(norm, report)]
+
+    watch = LimitWatch(1.0, steps=48)  # a patience of 12
+    for _ in range(11):
+        assert not told("violated", "infeasible with 'kl'")
+    assert not told("met", "violated", norm=1.0)  # not clipped
+    for _ in range(11):
+        assert not told("active", "violated")
+    assert told("met", "violated") == ["Warning: 'length' <= 3"]
+    for _ in range(24):
+        assert not told("met", "violated")  # said already
+    for _ in range(11):
+        assert not told("infeasible with 'kl'", "met")
+    assert not told("infeasible with 'kl'", "met", norm=math.nan)
+    for _ in range(11):
+        assert not told("violated", "violated")
+    assert told("violated", "violated") == ["Warning: 'length' >= 3", "Warning: 'length' <= 3"]
 
 
 def test_check_counts_no_pass_for_the_balance(overrides: list[str]):
