@@ -113,6 +113,7 @@ class SplitGradients:
         self.reduction, self.process_group = reduction, process_group
         self._kept: dict[int, Tensor] = {}  # by position among the parameters
         self._scale: Tensor | None = None
+        self._scaled: bool | None = None  # whether the backward passes since `clip_` had a scaler
 
     def backward(self, out: ObjectiveOutput, *, divisor: float = 1, scaler: torch.amp.GradScaler | None = None) -> None:
         """In place of ``(out.loss / divisor).backward()``: the two parts of its gradient, added up apart.
@@ -125,7 +126,8 @@ class SplitGradients:
 
         Raises:
             TypeError: ``out`` is something else.
-            ValueError: ``out`` is of `linear`, or has no gradient at all; a divisor that is no positive number.
+            ValueError: ``out`` is of `linear`, or has no gradient at all; a divisor that is no positive number; a
+                scaler in one backward pass of a step and none in another.
         """
         if not isinstance(out, ObjectiveOutput):
             raise TypeError(f"out is a {type(out).__name__}; allowed: what a call of the objective returned")
@@ -162,7 +164,7 @@ class SplitGradients:
         Raises:
             TypeError: Neither a tensor nor None.
             ValueError: A tensor that is no floating scalar or has no gradient; neither of both; a divisor that is no
-                positive number.
+                positive number; a scaler in one backward pass of a step and none in another.
 
         Example:
             >>> policy = torch.nn.Linear(2, 1)
@@ -194,7 +196,14 @@ class SplitGradients:
     ) -> None:
         if not (isinstance(divisor, int | float) and 0 < divisor < math.inf):
             raise ValueError(f"divisor={divisor!r}; allowed: a finite number > 0")
-        if scaler is not None and scaler.is_enabled():
+        scaled = scaler is not None and scaler.is_enabled()
+        if self._scaled not in (None, scaled):
+            given, other = ("is given", "had none") if scaled else ("is None or disabled", "had one")
+            raise ValueError(
+                f"scaler {given} and an earlier backward pass of this step {other}; allowed: the same in all of them"
+            )
+        self._scaled = scaled
+        if scaler is not None and scaled:
             self._scale = scaler.scale(torch.ones((), device=self._parameters[0].device))
             task, constraint = (None if loss is None else scaler.scale(loss) for loss in (task, constraint))
         if constraint is not None and constraint.requires_grad:
@@ -263,7 +272,7 @@ class SplitGradients:
 
     def discard_window(self) -> None:
         """Forget the constraint part kept so far, as when the objective's window is discarded; ``.grad`` stays."""
-        self._kept, self._scale = {}, None
+        self._kept, self._scale, self._scaled = {}, None, None
 
     def _keep(self, loss: Tensor, *, retain_graph: bool) -> None:
         trained = [i for i, p in enumerate(self._parameters) if p.requires_grad]

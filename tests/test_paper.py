@@ -39,7 +39,7 @@ from benchmarks.paper.experiment import (
     quick,
     window,
 )
-from benchmarks.paper.glance import at_a_glance
+from benchmarks.paper.glance import at_a_glance, in_order
 from benchmarks.paper.groups import by_problem, change, difference
 from benchmarks.paper.methods import (
     AUGMENTED,
@@ -863,7 +863,8 @@ def test_at_a_glance_every_problem_stands_once(done):
             fake() | {"task": json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(task, method=method))))}
             for method in methods
         ]
-        return {"date": date, "rows": [row | {"status": status} for row in rows]}
+        about = {"case": f"{steps} steps", "hardware": {"name": "one"}, "settings": {"quick": False}}
+        return about | {"date": date, "rows": [row | {"status": status} for row in rows]}
 
     verbose = window(32, 48)
     results = [
@@ -878,6 +879,10 @@ def test_at_a_glance_every_problem_stands_once(done):
     ]
     for order in (results, results[::-1]):
         assert [found for found, _ in at_a_glance(order)] == [results[3], results[2], results[0]]
+        sections = in_order(order)
+        assert sections[0] is results[3]
+        assert {id(found) for found in sections[:3]} == {id(results[k]) for k in (0, 2, 3)}
+        assert len(sections) == len(results)
     table = report.glance_table([document]).splitlines()
     assert [line.split(" | ")[3] for line in table[2:]] == ["MM", "**default**"]
     row = next(row for row in document["rows"] if row["task"]["method"] == MM)

@@ -1,4 +1,4 @@
-"""The first table of docs/paper.md: every problem by the longest and newest of its results."""
+"""The start of docs/paper.md: every problem by the longest and newest of its results."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def at_a_glance(documents: list[dict[str, Any]]) -> list[tuple[dict[str, Any], l
             if name not in chosen or _rank(document, rows) > _rank(*chosen[name]):
                 chosen[name] = document, rows
     return sorted(chosen.values(), key=lambda found: _order(found[1]))
+
+
+def in_order(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those at a glance before the others; within either by hardware and name."""
+    newest = [id(document) for document, _ in at_a_glance(documents)]
+    # By name, and not by file: a case stands before the longer ones that add to it.
+    named = sorted(documents, key=lambda d: (d["hardware"]["name"], d["settings"]["quick"], d["case"]))
+    return sorted(named, key=lambda d: id(d) not in newest)
 
 
 def _order(rows: list[Row]) -> tuple[bool, float]:

@@ -16,7 +16,7 @@ from ..environment import versions as environment_versions
 from ..output import LAYOUT, path_of, stamp
 from ..tables import markdown_table, number
 from .experiment import QUICK_STEPS, SFT_STEPS, Row
-from .glance import at_a_glance
+from .glance import at_a_glance, in_order
 from .groups import bounds_of, by_method, by_problem, change, name_of, reward_only, sft_rows
 from .methods import ABOUT, DEFAULT, L3M, MM, MODIFIED, SFT
 from .run import versions
@@ -310,10 +310,7 @@ def updated(text: str, documents: list[dict[str, Any]], results: Path, page: Pat
 def write(results: Path, page: Path) -> bool:
     """Write the page of the results that there are; without any there is none, and False is returned."""
     found = (json.loads(p.read_text(encoding="utf-8")) for p in results.glob(f"{SUITE}-*.json"))
-    # By name, and not by file: a case stands before the longer ones that add to it.
-    documents = sorted(
-        (d for d in found if d["rows"]), key=lambda d: (d["hardware"]["name"], d["settings"]["quick"], d["case"])
-    )
+    documents = in_order([document for document in found if document["rows"]])
     if not documents:
         return False
     text = page.read_text(encoding="utf-8") if page.exists() else ""

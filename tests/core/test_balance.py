@@ -141,6 +141,28 @@ def test_two_passes_with_a_grad_scaler():
     assert norms.total.item() == pytest.approx(math.sqrt(17))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_scaler_in_one_of_two_passes_is_refused(first: bool):
+    """One part would be a thousand times as large as the other. Nothing is added, and the right call goes on."""
+    theta, scaler = exact([1.0, 2.0]), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    right, wrong, had = (scaler, off, "one") if first else (off, scaler, "none")
+    parts = SplitGradients([theta])
+    parts.backward_parts(task=theta.sum(), scaler=right)
+    before = theta.grad.clone()
+    for given in (off, None) if first else (scaler,):
+        with pytest.raises(ValueError, match=f"scaler is .* an earlier backward pass of this step had {had}; allowed"):
+            parts.backward_parts(constraint=3 * theta[0], scaler=given)
+    assert torch.equal(theta.grad, before)
+    parts.backward_parts(constraint=3 * theta[0], scaler=right)
+    norms = parts.clip_(math.inf)
+    assert norms.constraint.item() == pytest.approx(3)
+    theta.grad = None
+    parts.backward_parts(task=theta.sum(), constraint=3 * theta[0], scaler=wrong)  # another step
+    parts.discard_window()
+    parts.backward_parts(constraint=3 * theta[0], scaler=right)  # and another
+
+
 def test_the_norm_of_both_where_they_oppose():
     one, two = torch.tensor(1.0), torch.tensor(2.0)
     assert PartNorms(one, two, torch.tensor(-1.0)).total == 1
