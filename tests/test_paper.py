@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -710,11 +712,24 @@ def test_a_run_that_fails_is_told_and_tried_again(tiny, tmp_path, monkeypatch, c
 def test_what_changed_since_a_command_began_is_not_run(done, tmp_path):
     """A run's process reads the files anew: what they give now is not what was planned, and not what it is kept as."""
     task, (receiver, sender) = task_of(done), multiprocessing.Pipe(duplex=False)
-    run._child(task, (task.key, "other"), tmp_path, 1, sender)
+    run._child(task, (task.key, "other"), tmp_path, 1, sender, os.getppid())
     row = receiver.recv()
     assert (row["key"], row["code"], row["status"]) == (task.key, "other", "failed")
     assert "have changed since the command began" in row["error"]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_ends_with_its_command(done, tmp_path, monkeypatch):
+    """Also where that was killed before the run could look whose child it is."""
+    monkeypatch.setattr(run, "execute", lambda *_: time.sleep(60))
+    task = task_of(done)
+    _, sender = multiprocessing.Pipe(duplex=False)
+    gone = 2**22 + 1  # above the largest that Linux gives
+    arguments = task, (task.key, run.fingerprint()), tmp_path, 1, sender, gone
+    child = multiprocessing.get_context("fork").Process(target=run._child, args=arguments)
+    child.start()
+    child.join(30)
+    assert child.exitcode == 1
 
 
 def test_lines_that_are_missing_from_a_run_are_no_result(done, tmp_path, monkeypatch):

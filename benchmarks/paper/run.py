@@ -198,7 +198,8 @@ def run_all(tasks: list[Task], cache: Cache, processes: int, threads: int | None
             task = waiting.pop(0)
             receiver, sender = context.Pipe(duplex=False)
             known = task.key, fingerprint()
-            child = context.Process(target=_child, args=(task, known, cache.folder, threads, sender), daemon=True)
+            arguments = task, known, cache.folder, threads, sender, os.getpid()
+            child = context.Process(target=_child, args=arguments, daemon=True)
             child.start()
             sender.close()  # so that its end is the end of the pipe
             running[receiver] = task, child
@@ -214,9 +215,14 @@ def run_all(tasks: list[Task], cache: Cache, processes: int, threads: int | None
             yield row
 
 
-def _child(task: Task, known: tuple[str, str], folder: Path, threads: int | None, sender: Connection) -> None:
-    """``known``: key and fingerprint where the run was planned; this process has read the files anew."""
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+def _child(
+    task: Task, known: tuple[str, str], folder: Path, threads: int | None, sender: Connection, parent: int
+) -> None:
+    """``known``: key and fingerprint where the run was planned; this process has read the files anew.
+
+    ``parent`` is told: it may have been killed before this process could ask for it.
+    """
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     if (task.key, fingerprint()) == known:
         sender.send(execute(task, folder, threads))
     else:
