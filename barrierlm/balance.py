@@ -113,7 +113,7 @@ class SplitGradients:
         self.reduction, self.process_group = reduction, process_group
         self._kept: dict[int, Tensor] = {}  # by position among the parameters
         self._scale: Tensor | None = None
-        self._scaled: bool | None = None  # whether the backward passes since `clip_` had a scaler
+        self._scalers: list[torch.amp.GradScaler | None] = []  # of the backward passes since `clip_`
 
     def backward(self, out: ObjectiveOutput, *, divisor: float = 1, scaler: torch.amp.GradScaler | None = None) -> None:
         """In place of ``(out.loss / divisor).backward()``: the two parts of its gradient, added up apart.
@@ -126,8 +126,8 @@ class SplitGradients:
 
         Raises:
             TypeError: ``out`` is something else.
-            ValueError: ``out`` is of `linear`, or has no gradient at all; a divisor that is no positive number; a
-                scaler in one backward pass of a step and none in another.
+            ValueError: ``out`` is of `linear`, or has no gradient at all; a divisor that is no positive number;
+                a scaler that is not that of the step's earlier backward passes.
         """
         if not isinstance(out, ObjectiveOutput):
             raise TypeError(f"out is a {type(out).__name__}; allowed: what a call of the objective returned")
@@ -164,7 +164,7 @@ class SplitGradients:
         Raises:
             TypeError: Neither a tensor nor None.
             ValueError: A tensor that is no floating scalar or has no gradient; neither of both; a divisor that is no
-                positive number; a scaler in one backward pass of a step and none in another.
+                positive number; a scaler that is not that of the step's earlier backward passes.
 
         Example:
             >>> policy = torch.nn.Linear(2, 1)
@@ -196,20 +196,22 @@ class SplitGradients:
     ) -> None:
         if not (isinstance(divisor, int | float) and 0 < divisor < math.inf):
             raise ValueError(f"divisor={divisor!r}; allowed: a finite number > 0")
-        scaled = scaler is not None and scaler.is_enabled()
-        if self._scaled not in (None, scaled):
-            given, other = ("is given", "had none") if scaled else ("is None or disabled", "had one")
+        used = scaler if scaler is not None and scaler.is_enabled() else None
+        if self._scalers and self._scalers[0] is not used:
+            had = "none" if self._scalers[0] is None else "another" if used else "one"
+            given = "given" if used else "None or disabled"
             raise ValueError(
-                f"scaler {given} and an earlier backward pass of this step {other}; allowed: the same in all of them"
+                f"scaler is {given}, and an earlier backward pass of this step had {had}; allowed: the same in all of "
+                "them (a step ends with clip_ or discard_window)"
             )
-        self._scaled = scaled
-        if scaler is not None and scaled:
-            self._scale = scaler.scale(torch.ones((), device=self._parameters[0].device))
-            task, constraint = (None if loss is None else scaler.scale(loss) for loss in (task, constraint))
+        if used is not None:
+            self._scale = used.scale(torch.ones((), device=self._parameters[0].device))
+            task, constraint = (None if loss is None else used.scale(loss) for loss in (task, constraint))
         if constraint is not None and constraint.requires_grad:
             self._keep(constraint / divisor, retain_graph=task is not None and task.requires_grad)
         if task is not None and task.requires_grad:
             (task / divisor).backward()
+        self._scalers.append(used)
 
     def clip_(
         self, max_norm: float, constraint_max_norm: float | None = None, *, error_if_nonfinite: bool = True
@@ -272,7 +274,7 @@ class SplitGradients:
 
     def discard_window(self) -> None:
         """Forget the constraint part kept so far, as when the objective's window is discarded; ``.grad`` stays."""
-        self._kept, self._scale, self._scaled = {}, None, None
+        self._kept, self._scale, self._scalers = {}, None, []
 
     def _keep(self, loss: Tensor, *, retain_graph: bool) -> None:
         trained = [i for i, p in enumerate(self._parameters) if p.requires_grad]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,14 @@ def save(document: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = path_of(document, folder)
     half = path.with_suffix(f".{os.getpid()}.tmp")
-    half.write_text(json.dumps(document, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+    half.write_text(_on_one_line(json.dumps(document, indent=1, allow_nan=True)) + "\n", encoding="utf-8")
     half.replace(path)
     return path
+
+
+def _on_one_line(text: str) -> str:
+    """Lists of numbers; a line break is in no JSON string."""
+    return re.sub(r"\[\n[-+.\w\s,]+\]", lambda found: " ".join(found[0].split()), text)
 
 
 def load_all(folder: Path) -> list[dict[str, Any]]:

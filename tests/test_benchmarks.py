@@ -16,7 +16,7 @@ from benchmarks.costs import WeightsProblem
 from benchmarks.environment import RESULTS
 from benchmarks.isolate import run_isolated, without
 from benchmarks.measure import DeviceLost, compare, errors_of, spread
-from benchmarks.output import load_all, markdown
+from benchmarks.output import load_all, markdown, save
 from benchmarks.peers.step import straightforward
 from benchmarks.problems import BOTH, FORWARD, HeadProblem, LogitsProblem, lengths_of
 from benchmarks.run import main, rows_of
@@ -443,3 +443,14 @@ def test_a_column_of_which_nothing_is_known_is_left_out_only_where_it_may_be():
     lines = [["x", "-", "-"], ["y", "-", "2"]]
     assert markdown_table(["", "a", "b"], lines, optional=["a", "b"]).splitlines()[0] == "|  | b |"
     assert markdown_table(["", "a", "b"], lines).splitlines()[2] == "| x | - | - |"
+
+
+def test_lists_of_numbers_are_on_one_line(tmp_path):
+    """And all that is written is read again, strings that look like a list as well."""
+    rows = [{"series": [1, -2.5, 3e-7, None, float("inf")], "names": ["a", "b"], "none": [], "text": "[\n 1,\n 2\n]"}]
+    document = {"suite": "made", "hardware": {"name": "up"}, "settings": {"quick": False}, "rows": rows}
+    path = save(document, tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == document
+    assert '"series": [ 1, -2.5, 3e-07, null, Infinity ],\n' in text
+    assert '"names": [\n' in text

@@ -24,11 +24,12 @@ from barrierlm.recipes.data import load_pairs
 from barrierlm.recipes.workspace import build_objective, open_workspace
 from benchmarks.output import save
 from benchmarks.paper import experiment, report, run, surrogate
-from benchmarks.paper.__main__ import main
+from benchmarks.paper.__main__ import _arguments, _asked_for, main
 from benchmarks.paper.estimate import predicted, remaining
 from benchmarks.paper.evaluate import distance, splits, verdict
 from benchmarks.paper.experiment import (
     SFT_STEPS,
+    TOGETHER,
     UNREACHABLE,
     WEIGHTS,
     WINDOWS,
@@ -596,6 +597,31 @@ def test_rows_of_an_earlier_result_are_kept_but_for_the_problems_named(tmp_path,
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "again"),
+    [
+        (["--problems", "length 12"], {"length 12 to 16, default", "length 12 to 16, MM"}),
+        (["--methods", DEFAULT], {"length 12 to 16, default"}),
+        (["--methods", SFT, DEFAULT, "--problems", "length 12"], {"SFT, SFT", "length 12 to 16, default"}),
+        (["--problems", "helpful"], {"helpful only, penalty", "harmless only, penalty"}),
+        (["--methods", PENALTY, "--problems", "harm"], {"helpful only, penalty", "harmless only, penalty"}),
+        (["--methods", MM, "--problems", "harm"], set()),
+    ],
+)
+def test_what_is_made_again_beside_an_earlier_result(arguments, again):
+    """SFT where it is named, and the runs for a reward alone, which the bounds of all of them are made of, together."""
+    only = (Problem(f"{name} only", (Bound(name, name, lower=UNREACHABLE),)) for name in ("helpful", "harmless"))
+    tasks = [Task(Problem(SFT), SFT, 0, 4, SOURCES), *(Task(one, PENALTY, 0, 4, SOURCES, 1.0) for one in only)]
+    tasks += [Task(window(12, 16), method, 0, 4, SOURCES) for method in (DEFAULT, MM)]
+    parsed = _arguments(["full", "--keep", "result.json", *arguments])
+    found = {
+        f"{t.problem.name}, {t.method}"
+        for t in tasks
+        if _asked_for(json.loads(json.dumps(dataclasses.asdict(t))), parsed)
+    }
+    assert found == again
+
+
 def test_unknown_problems_are_refused(done, capsys):
     assert main(command(done, "full", "--problems", "length 16", "lenght")) == 2
     assert "--problems 'lenght'; allowed: the start of one of length 8 to 12, " in capsys.readouterr().err
@@ -843,9 +869,9 @@ def test_the_interval_of_a_difference_is_over_pairs():
     of_pair = 4 * tokens + 9 * generator.standard_normal(256)
     own, theirs = (of_pair + shift * tokens + 1.5 * generator.standard_normal(256) for shift in (0.1, 0.0))
 
-    def row(nlls, **more):
-        nll = float(nlls.sum() / tokens.sum())
-        test = {"nll": nll, "nlls": nlls.tolist(), "tokens": tokens.tolist()} | more
+    def row(values, **more):
+        nll = float(values.sum() / tokens.sum())
+        test = {"nll": nll, "nlls": values.tolist(), "tokens": tokens.tolist()} | more
         return {"task": {"seed": 0}, "test": test, "splits": {"test": {"digest": "a"}}}
 
     above, half = difference(row(own), row(theirs))
@@ -855,10 +881,16 @@ def test_the_interval_of_a_difference_is_over_pairs():
     assert half == pytest.approx(1.96 * resampled, rel=0.05)
     assert half < 0.3 * 1.96 * (own[picks].sum(1) / tokens[picks].sum(1)).std()
     assert difference(row(own), row(own)) == (0, 0)
-    whole = row(theirs)["test"]["nll"]
-    assert change(row(own), {0: row(theirs)}) == pytest.approx((above / whole, half / whole))
+    dearer = own + 0.3 * theirs  # by a share of each pair's own NLL, which the interval of a ratio must not count
+    more, half = change(row(dearer), {0: row(theirs)})
+    assert more == pytest.approx(dearer.sum() / theirs.sum() - 1)
+    assert half == pytest.approx(1.96 * (dearer[picks].sum(1) / theirs[picks].sum(1)).std(), rel=0.05)
     assert change(row(own), {1: row(theirs)}) is None
-    # Other pairs, or a result of before NLLs were kept by pair.
+    # Other pairs, a single one, or a result of before NLLs were kept by pair.
+    assert difference(row(own), row(theirs, tokens=(tokens + 1).tolist())) == (above, None)
+    one = [row(values, nlls=[8.0], tokens=[2]) for values in (own, theirs)]
+    assert difference(*one) == (above, None)
+    assert change(one[0], {0: one[1]})[1] is None
     assert difference(row(own), row(theirs) | {"splits": {"test": {"digest": "b"}}}) == (above, None)
     older = row(theirs)
     del older["test"]["nlls"]
@@ -870,10 +902,10 @@ def test_at_a_glance_every_problem_stands_once(done):
     """By the result with most steps, the newest of these; what ran with other options is another method."""
     document = result_of(done)
     for row in document["rows"]:
-        row["task"]["sources"]["extra"] = []
+        row["task"]["sources"] = json.loads(json.dumps(dataclasses.asdict(SOURCES)))
 
-    def made(date, steps=44, problem=WINDOW, methods=(DEFAULT, MM), extra=(), status="ok"):
-        task = Task(problem, DEFAULT, 0, steps, Sources(extra=extra))
+    def made(date, steps=44, problem=WINDOW, methods=(DEFAULT, MM), status="ok", **sources):
+        task = Task(problem, DEFAULT, 0, steps, Sources(**sources))
         rows = [
             fake() | {"task": json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(task, method=method))))}
             for method in methods
@@ -889,20 +921,27 @@ def test_at_a_glance_every_problem_stands_once(done):
         made("2026-01-02", steps=100),
         made("2026-01-03"),
         made("2026-01-04", steps=200, extra=("objective.unit=1",)),
+        made("2026-01-04", steps=200, model="another"),
+        made("2026-01-04", problem=Problem(TOGETHER, (Bound("short", "length", upper=8.0),))),
         made("2026-01-04", steps=200, methods=(MM,)),
         made("2026-01-04", steps=200, status="failed"),
     ]
+    for row in results[1]["rows"]:  # kept in a result that was written later
+        row["date"] = "2026-01-01"
+    results[1]["date"] = "2026-01-05"
     for order in (results, results[::-1]):
         assert [found for found, _ in at_a_glance(order)] == [results[3], results[2], results[0]]
         sections = in_order(order)
         assert sections[0] is results[3]
         assert {id(found) for found in sections[:3]} == {id(results[k]) for k in (0, 2, 3)}
         assert len(sections) == len(results)
+    assert report.glance_table(results[5:]) == "No result yet."
     table = report.glance_table([document]).splitlines()
     assert [line.split(" | ")[3] for line in table[2:]] == ["MM", "**default**"]
     row = next(row for row in document["rows"] if row["task"]["method"] == MM)
     assert f"{row['training']['infeasible_share']:.0%} |" in table[2]
-    assert f"| length 16 to 24 | 4 | {document['date'][:10]} | MM | " in table[2]
+    more, half = change(row, {0: next(row for row in document["rows"] if row["task"]["method"] == SFT)})
+    assert f"| length 16 to 24 | 4 | {row['date'][:10]} | MM | {more:+.1%} ± {half:.1%} | " in table[2]
 
 
 def test_the_page_says_what_its_rows_are_not(done):

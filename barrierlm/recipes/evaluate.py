@@ -105,7 +105,8 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
             batch = pairs[start : start + size]
             prompt_ids, response_ids = [t.prompt_ids for t in batch], [t.response_ids for t in batch]
             logps = policy(lay_out(prompt_ids, response_ids, packed=policy.packed, device=policy.device))
-            nlls += [-float(part.sum()) for part in logps.double().split([len(ids) for ids in response_ids])]
+            parts = logps.double().split([len(ids) for ids in response_ids])
+            nlls += torch.stack([-part.sum() for part in parts]).tolist()
         for start in range(0, len(prompts), size):
             sampled = workspace.sample(prompts[start : start + size])
             rollouts += sampled
@@ -116,11 +117,11 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
                 values[name] += per_response(measurement, sequences, logps).tolist()
     policy.lm.train(was_training)
     shown = [(r.prompt.pair.prompt, r.text) for r in rollouts]
-    parts = gather_object([(nlls, values, [(len(r.ids), r.censored) for r in rollouts], shown)])
-    lengths = [entry for part in parts for entry in part[2]]
+    shares = gather_object([(nlls, values, [(len(r.ids), r.censored) for r in rollouts], shown)])
+    lengths = [entry for part in shares for entry in part[2]]
     share = sum(censored for _, censored in lengths) / len(lengths)
     for name in values:
-        missing = sum(not math.isfinite(v) for part in parts for v in part[1][name])
+        missing = sum(not math.isfinite(v) for part in shares for v in part[1][name])
         if missing:
             workspace.console.print(
                 f"Warning: {missing} of {len(lengths)} held-out responses have no cost for {name!r}, and are left out "
@@ -130,16 +131,16 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
                 soft_wrap=True,
             )
     results = {
-        name: _result([v for part in parts for v in part[1][name]], bounds.lower, bounds.upper, share)
+        name: _result([v for part in shares for v in part[1][name]], bounds.lower, bounds.upper, share)
         for name, bounds in workspace.options.constraints.items()
     }
     tokens = [len(pair.response_ids) for pair in workspace.heldout[: options.pairs]]
     return Evaluation(
-        nlls=_in_order([part[0] for part in parts]),
+        nlls=_in_order([part[0] for part in shares]),
         tokens=tokens,
         seconds=seconds + time.perf_counter() - began,
         constraints=results,
-        samples=[sample for part in parts for sample in part[3]][: options.samples],
+        samples=[sample for part in shares for sample in part[3]][: options.samples],
         mean_tokens=sum(length for length, _ in lengths) / len(lengths),
         censored=share,
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from barrierlm.diagnostics import Report
 
 #: Steps in a row, and at least this share of the run.
-_LEAST, _SHARE = 10, 4
+_LEAST, _SHARE = 10, 0.25
 
 
 class LimitWatch:
     """Counts the steps in which a bound was violated and the constraints' gradient was clipped.
 
-    While it is clipped a larger multiplier makes it no longer, so that a bound which takes more stays violated.
+    While it is clipped a larger multiplier makes it no longer, so that a bound which takes more stays violated. A run
+    that is resumed counts anew.
 
     Args:
         limit: ``optim.constraint_max_grad_norm``.
@@ -19,7 +20,7 @@ class LimitWatch:
     """
 
     def __init__(self, limit: float, steps: int) -> None:
-        self.limit, self.patience = limit, max(_LEAST, steps // _SHARE)
+        self.limit, self.patience = limit, max(_LEAST, int(_SHARE * steps))
         self._counts: dict[tuple[str, str], int] = {}
 
     def update(self, norm: float, report: Report) -> list[str]:
@@ -27,13 +28,15 @@ class LimitWatch:
         told = []
         for row in report:
             bound = row.constraint, row.side
-            clipped = norm > self.limit and row.verdict.startswith(("violated", "infeasible"))
-            self._counts[bound] = self._counts.get(bound, 0) + 1 if clipped else 0
+            # "infeasible together" is said of all of a group, those that are met included.
+            outside = row.slack < 0 and row.verdict.startswith(("violated", "infeasible"))
+            self._counts[bound] = self._counts.get(bound, 0) + 1 if outside and norm > self.limit else 0
             if self._counts[bound] == self.patience:
                 sign = ">=" if row.side == "lower" else "<="
                 told.append(
                     f"Warning: {row.constraint!r} {sign} {row.bound:g} has been violated for {self.patience} steps, in "
                     f"all of which optim.constraint_max_grad_norm={self.limit:g} clipped the constraints' gradient "
-                    f"({norm:.3g} in the last): a larger multiplier pulls no harder. Raise the limit, or set it to null"
+                    f"({norm:.3g} in the last): a larger multiplier pulls no harder. If it does not come down, raise "
+                    "the limit or set it to null"
                 )
         return told

@@ -83,10 +83,12 @@ def _wanted(task: Task, arguments: argparse.Namespace) -> bool:
 
 
 def _asked_for(task: dict[str, Any], arguments: argparse.Namespace) -> bool:
-    """By its name: SFT is taken from an earlier result unless --methods names it."""
-    return (not arguments.methods or task["method"] in arguments.methods) and _chosen(
-        task["problem"]["name"], arguments
-    )
+    """Whether a row of an earlier result is to be made again; SFT is where --methods names it."""
+    method, problem = task["method"], task["problem"]["name"]
+    if not task["problem"]["bounds"]:
+        return method in (arguments.methods or ())
+    names = REWARD_PROBLEMS if problem.endswith(" only") else (problem,)
+    return (not arguments.methods or method in arguments.methods) and any(_chosen(name, arguments) for name in names)
 
 
 def _chosen(problem: str, arguments: argparse.Namespace) -> bool:

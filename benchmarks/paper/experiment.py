@@ -206,6 +206,8 @@ def full(sources: Sources, done: Done, steps: int | None = None, seeds: int = SE
 
 
 REWARDS = ("helpful", "harmless")
+#: The problem with bounds that nothing can meet.
+TOGETHER = "infeasible together"
 #: Problems whose bounds the runs for a reward alone decide about.
 REWARD_PROBLEMS = (*REWARDS, "helpful and harmless")
 
@@ -239,7 +241,7 @@ def problems_of(rewards: dict[str, Bound], sft_length: float | None) -> list[Pro
         *(Problem(name, (bound,), 64) for name, bound in rewards.items()),
         *([Problem(REWARD_PROBLEMS[-1], tuple(rewards.values()), 64)] if len(rewards) == len(REWARDS) else []),
         *(window(*bounds, "feasible start: length", start="sft") for bounds in near),
-        Problem("infeasible together", (Bound("short", "length", upper=8.0), Bound("long", "length", lower=20.0)), 48),
+        Problem(TOGETHER, (Bound("short", "length", upper=8.0), Bound("long", "length", lower=20.0)), 48),
     ]
 
 

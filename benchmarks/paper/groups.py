@@ -56,24 +56,42 @@ def difference(row: Row, other: Row, split: str = "test") -> tuple[float, float 
 
     The interval is None where the pairs are not the same, and in results of before NLLs were kept by pair.
     """
-    own, theirs = row[split], other[split]
-    above = own["nll"] - theirs["nll"]
-    if "nlls" not in own or "nlls" not in theirs or row["splits"][split] != other["splits"][split]:
+    above = row[split]["nll"] - other[split]["nll"]
+    if not _same_pairs(row, other, split):
         return above, None
-    # Of a ratio of two sums, NLL over tokens: what is left of each pair's difference beside the mean one.
-    tokens, n = own["tokens"], len(own["tokens"])
-    left = [a - b - above * t for a, b, t in zip(own["nlls"], theirs["nlls"], tokens, strict=True)]
-    return above, 1.96 * math.sqrt(n / (n - 1) * sum(e * e for e in left)) / sum(tokens)
+    tokens = row[split]["tokens"]
+    nlls = zip(row[split]["nlls"], other[split]["nlls"], tokens, strict=True)
+    return above, _half_interval([a - b - above * t for a, b, t in nlls], sum(tokens))
 
 
 def change(row: Row, plain: dict[int, Row], split: str = "test") -> tuple[float, float | None] | None:
-    """`difference` to SFT with the same seed, over SFT's NLL; None: there is no such run."""
+    """Its NLL over that of SFT with the same seed, less 1, and half of its interval, as of `difference`.
+
+    None: there is no such run.
+    """
     seed = row["task"]["seed"]
     if seed not in plain:
         return None
-    whole = plain[seed][split]["nll"]
-    above, half = difference(row, plain[seed], split)
-    return above / whole, None if half is None else half / whole
+    other = plain[seed]
+    ratio = row[split]["nll"] / other[split]["nll"]
+    if not _same_pairs(row, other, split):
+        return ratio - 1, None
+    theirs = other[split]["nlls"]
+    left = [a - ratio * b for a, b in zip(row[split]["nlls"], theirs, strict=True)]
+    return ratio - 1, _half_interval(left, sum(theirs))
+
+
+def _same_pairs(row: Row, other: Row, split: str) -> bool:
+    """Whether both have NLLs by pair, of the same pairs, and of at least two."""
+    own, theirs = row[split], other[split]
+    known = "nlls" in own and "nlls" in theirs and row["splits"][split] == other["splits"][split]
+    return known and own["tokens"] == theirs["tokens"] and len(own["tokens"]) > 1
+
+
+def _half_interval(left: list[float], whole: float) -> float:
+    """Of a ratio of two sums over pairs, by what the ratio leaves of each pair's numerator."""
+    n = len(left)
+    return 1.96 * math.sqrt(n / (n - 1) * sum(e * e for e in left)) / whole
 
 
 def search(rows: list[Row]) -> list[Row]:

@@ -16,7 +16,7 @@ from ..environment import versions as environment_versions
 from ..output import LAYOUT, path_of, stamp
 from ..tables import markdown_table, number
 from .experiment import QUICK_STEPS, SFT_STEPS, Row
-from .glance import at_a_glance, in_order
+from .glance import at_a_glance, date_of, in_order
 from .groups import bounds_of, by_method, by_problem, change, name_of, reward_only, sft_rows
 from .methods import ABOUT, DEFAULT, L3M, MM, MODIFIED, SFT
 from .run import versions
@@ -92,6 +92,10 @@ def _named(group: list[Row], rows: list[Row]) -> str:
     return name if every == set(own) else f"{name}, seed {', '.join(map(str, own))}"
 
 
+def _outside(row: Row) -> str:
+    return f"{row['training']['infeasible_share']:.0%}"
+
+
 def _training_loss(row: Row, plain: dict[int, Row]) -> str:
     seed = row["task"]["seed"]
     if seed not in plain:
@@ -116,7 +120,7 @@ def training_table(rows: list[Row], plain: dict[int, Row]) -> str:
         [
             _named(group, rows),
             _each(group, lambda r: str(r["training"]["feasible_at"] or "never")),
-            _each(group, lambda r: f"{r['training']['infeasible_share']:.0%}"),
+            _each(group, _outside),
             _each(group, _multipliers),
             _each(group, lambda r: _training_loss(r, plain)),
             _each(group, _grad_norm),
@@ -288,12 +292,20 @@ def glance_table(documents: list[dict[str, Any]]) -> str:
     for document, rows in at_a_glance(documents):
         plain = sft_rows(document["rows"])
         for group in by_method([row for row in rows if row["task"]["method"] in (DEFAULT, MM)]):
-            steps, date = str(rows[0]["task"]["steps"]), document["date"][:10]
-            held = _held_out("test", group, plain)
-            outside = _each(group, lambda r: f"{r['training']['infeasible_share']:.0%}")
-            name = rows[0]["task"]["problem"]["name"]
-            body.append([name, steps, date, _named(group, rows), held[1], held[3], held[4], outside])
-    return markdown_table(["", "steps", "date", "", "to SFT", "mean", "verdict", "infeasible"], body)
+            first = group[0]
+            held = dict(zip(_HELD_OUT, _held_out("test", group, plain), strict=True))
+            body.append(
+                [
+                    first["task"]["problem"]["name"],
+                    str(first["task"]["steps"]),
+                    date_of(document, first)[:10],
+                    _named(group, rows),
+                    *(held[column] for column in ("to SFT", "mean", "verdict")),
+                    _each(group, _outside),
+                ]
+            )
+    header = ["", "steps", "date", "method", "to SFT", "mean", "verdict", "infeasible"]
+    return markdown_table(header, body) if body else "No result yet."
 
 
 def updated(text: str, documents: list[dict[str, Any]], results: Path, page: Path) -> str:

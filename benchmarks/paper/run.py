@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -129,7 +130,7 @@ def execute(task: Task, folder: Path, threads: int | None = None) -> Row:
     if threads is not None:
         torch.set_num_threads(threads)
     row: Row = {"key": task.key, "code": fingerprint(), "task": asdict(task), "options": task.overrides()}
-    row["threads"] = torch.get_num_threads()
+    row |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": torch.get_num_threads()}
     cache, began = Cache(folder), time.process_time()
     try:
         found: Row = {"status": "ok"} | _run(task, cache)

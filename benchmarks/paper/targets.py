@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..tables import number
-from .experiment import Row, best_penalty
+from .experiment import TOGETHER, Row, best_penalty
 from .groups import bounds_of, by_problem, change, difference, name_of, search, sft_rows
 from .methods import DEFAULT, METHODS, MM
 
@@ -83,7 +83,7 @@ def targets(rows: list[Row], *, complete: bool) -> list[Line]:
 
 def _pairs(rows: list[Row]) -> Iterator[tuple[str, Row, Row]]:
     for name, part in by_problem(rows).items():
-        if name == "infeasible together":
+        if name == TOGETHER:
             continue
         theirs = _of(part, MM)
         for seed, own in _of(part, DEFAULT).items():

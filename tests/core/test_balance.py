@@ -153,6 +153,9 @@ def test_a_scaler_in_one_of_two_passes_is_refused(first: bool):
     for given in (off, None) if first else (scaler,):
         with pytest.raises(ValueError, match=f"scaler is .* an earlier backward pass of this step had {had}; allowed"):
             parts.backward_parts(constraint=3 * theta[0], scaler=given)
+    if first:
+        with pytest.raises(ValueError, match="scaler is given, and an earlier backward pass of this step had another"):
+            parts.backward_parts(constraint=3 * theta[0], scaler=torch.amp.GradScaler("cpu"))
     assert torch.equal(theta.grad, before)
     parts.backward_parts(constraint=3 * theta[0], scaler=right)
     norms = parts.clip_(math.inf)

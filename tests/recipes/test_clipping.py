@@ -92,28 +92,36 @@ def test_a_limit_that_keeps_a_bound_violated_is_told(overrides: list[str], capsy
 
 
 def test_steps_in_a_row_are_counted_for_every_bound():
-    def state(side: str, verdict: str) -> BoundState:
-        return BoundState("length", side, 3.0, *[0.0] * 7, verdict)
-
-    def told(lower: str, upper: str, norm: float = 2.0) -> list[str]:
-        report = Report([state("lower", lower), state("upper", upper)])
-        return [line.split(" has")[0] for line in watch.update(norm, report)]
+    def told(lower: float, upper: float, norm: float = 2.0, verdict: str = "violated") -> list[str]:
+        """By the two slacks; a bound inside is met, or infeasible together with one that is not."""
+        verdicts = [verdict if slack < 0 or verdict != "violated" else "met" for slack in (lower, upper)]
+        rows = [
+            BoundState("length", side, 3.0, 0.0, 0.1, slack, *[0.0] * 4, of)
+            for side, slack, of in zip(("lower", "upper"), (lower, upper), verdicts, strict=True)
+        ]
+        return [line.split(" has")[0] for line in watch.update(norm, Report(rows))]
 
     watch = LimitWatch(1.0, steps=48)  # a patience of 12
     for _ in range(11):
-        assert not told("violated", "infeasible with 'kl'")
-    assert not told("met", "violated", norm=1.0)  # not clipped
+        assert not told(-1.0, -1.0)
+    assert not told(1.0, -1.0, norm=1.0)  # not clipped
     for _ in range(11):
-        assert not told("active", "violated")
-    assert told("met", "violated") == ["Warning: 'length' <= 3"]
+        assert not told(-0.1, -1.0, verdict="active")
+        assert not told(1.0, -1.0)
+    assert told(1.0, -1.0) == []  # "active" is not violated, and began the count anew
+    watch = LimitWatch(1.0, steps=48)
+    for _ in range(11):
+        assert not told(1.0, -1.0)
+    assert told(1.0, -1.0) == ["Warning: 'length' <= 3"]
     for _ in range(24):
-        assert not told("met", "violated")  # said already
+        assert not told(1.0, -1.0)  # said already
     for _ in range(11):
-        assert not told("infeasible with 'kl'", "met")
-    assert not told("infeasible with 'kl'", "met", norm=math.nan)
+        assert not told(-1.0, 1.0, verdict="infeasible together with kl")
+    assert not told(-1.0, 1.0, norm=math.nan)
     for _ in range(11):
-        assert not told("violated", "violated")
-    assert told("violated", "violated") == ["Warning: 'length' >= 3", "Warning: 'length' <= 3"]
+        assert not told(-1.0, 1.0, verdict="infeasible together with kl")
+    assert told(-1.0, 1.0, verdict="infeasible together with kl") == ["Warning: 'length' >= 3"]  # not the one inside
+    assert not told(math.nan, math.nan, verdict="unknown")
 
 
 def test_check_counts_no_pass_for_the_balance(overrides: list[str]):

@@ -315,7 +315,6 @@ def test_an_evaluation_has_the_nll_of_every_pair(options: Options):
     found = evaluate(workspace)
     pairs = workspace.heldout[:7]
     assert found.tokens == [len(pair.response_ids) for pair in pairs]
-    assert found.nll == pytest.approx(sum(found.nlls) / sum(found.tokens))
     for pair, nll in zip(pairs, found.nlls, strict=True):
         ids = torch.tensor([[*pair.prompt_ids, *pair.response_ids]])
         with torch.no_grad():
