@@ -112,8 +112,9 @@ class SplitGradients:
             seen.add(id(p))
         self.reduction, self.process_group = reduction, process_group
         self._kept: dict[int, Tensor] = {}  # by position among the parameters
-        self._scale: Tensor | None = None
-        self._scalers: list[torch.amp.GradScaler | None] = []  # of the backward passes since `clip_`
+        # Whether there was a backward pass since `clip_`, and the scaler of all of them.
+        self._begun = False
+        self._scaler: torch.amp.GradScaler | None = None
 
     def backward(self, out: ObjectiveOutput, *, divisor: float = 1, scaler: torch.amp.GradScaler | None = None) -> None:
         """In place of ``(out.loss / divisor).backward()``: the two parts of its gradient, added up apart.
@@ -197,21 +198,20 @@ class SplitGradients:
         if not (isinstance(divisor, int | float) and 0 < divisor < math.inf):
             raise ValueError(f"divisor={divisor!r}; allowed: a finite number > 0")
         used = scaler if scaler is not None and scaler.is_enabled() else None
-        if self._scalers and self._scalers[0] is not used:
-            had = "none" if self._scalers[0] is None else "another" if used else "one"
+        if self._begun and self._scaler is not used:
+            had = "none" if self._scaler is None else "another" if used else "one"
             given = "given" if used else "None or disabled"
             raise ValueError(
                 f"scaler is {given}, and an earlier backward pass of this step had {had}; allowed: the same in all of "
                 "them (a step ends with clip_ or discard_window)"
             )
         if used is not None:
-            self._scale = used.scale(torch.ones((), device=self._parameters[0].device))
             task, constraint = (None if loss is None else used.scale(loss) for loss in (task, constraint))
         if constraint is not None and constraint.requires_grad:
             self._keep(constraint / divisor, retain_graph=task is not None and task.requires_grad)
         if task is not None and task.requires_grad:
             (task / divisor).backward()
-        self._scalers.append(used)
+        self._begun, self._scaler = True, used
 
     def clip_(
         self, max_norm: float, constraint_max_norm: float | None = None, *, error_if_nonfinite: bool = True
@@ -249,8 +249,8 @@ class SplitGradients:
         device = parameters[0].device if parameters else torch.device("cpu")
         norms, cosine = (_norm(task, device), _norm(kept, device)), _dot(task, kept, device)
         cosine = (cosine / norms[0] / norms[1]).clamp(-1, 1)
-        if self._scale is not None:
-            scale = self._scale.to(device)
+        if self._scaler is not None:
+            scale = self._scaler.scale(torch.ones((), device=device))
             norms = (norms[0] / scale, norms[1] / scale)
         elif error_if_nonfinite:
             for name, norm in zip(("task", "constraint"), norms, strict=True):
@@ -274,7 +274,7 @@ class SplitGradients:
 
     def discard_window(self) -> None:
         """Forget the constraint part kept so far, as when the objective's window is discarded; ``.grad`` stays."""
-        self._kept, self._scale, self._scalers = {}, None, []
+        self._kept, self._begun, self._scaler = {}, False, None
 
     def _keep(self, loss: Tensor, *, retain_graph: bool) -> None:
         trained = [i for i, p in enumerate(self._parameters) if p.requires_grad]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .barriers import LogBarrier, RelaxedLogBarrier
 from .committed import Committed
-from .diagnostics import table
+from .diagnostics import bound_text, table
 from .intervals import Estimate, inner_products, jackknife_ratio, normal_quantile
 from .learning import AdaptiveBarrier, ModifiedBarrier
 from .probe import GradientProbe
@@ -129,7 +129,7 @@ class Certificate(NamedTuple):
         body = [
             (
                 row.constraint,
-                f"{'>=' if row.side == 'lower' else '<='} {row.bound:g}",
+                bound_text(row.side, row.bound),
                 *(f"{number:.4g}" for number in (row.multiplier, row.per_unit, row.z, row.stderr)),
                 row.verdict,
             )

@@ -42,13 +42,18 @@ class Report(tuple[BoundState, ...]):
         body = [
             (
                 row.constraint,
-                f"{'>=' if row.side == 'lower' else '<='} {row.bound:g}",
+                bound_text(row.side, row.bound),
                 *(f"{number:.4g}" for number in (row.estimate, row.stderr, row.slack, row.multiplier)),
                 row.verdict,
             )
             for row in self
         ]
         return table(head, body)
+
+
+def bound_text(side: str, bound: float) -> str:
+    """A bound as tables and messages name it."""
+    return f"{'>=' if side == 'lower' else '<='} {bound:g}"
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

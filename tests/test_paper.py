@@ -1014,6 +1014,12 @@ def test_every_weight_is_in_the_legend(done):
         line.get_marker() for panel in figure.axes for line in panel.lines if line.get_marker() in "osDv^<>Pdhp8"
     }
     assert len(markers) == len(shown)
+    bars = [bar for panel in figure.axes for bar in panel.containers]
+    assert bars
+    assert all(bar.has_xerr and bar.has_yerr for bar in bars)
+    for row in rows:
+        row["test"].pop("nlls", None)  # as in older results
+    assert not any(bar.has_yerr for panel in ends(rows).axes for bar in panel.containers)
 
 
 # ---- the surrogate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from barrierlm.diagnostics import Report
+from barrierlm.diagnostics import Report, bound_text
 
 #: Steps in a row, and at least this share of the run.
 _LEAST, _SHARE = 10, 0.25
@@ -32,10 +32,9 @@ class LimitWatch:
             outside = row.slack < 0 and row.verdict.startswith(("violated", "infeasible"))
             self._counts[bound] = self._counts.get(bound, 0) + 1 if outside and norm > self.limit else 0
             if self._counts[bound] == self.patience:
-                sign = ">=" if row.side == "lower" else "<="
                 told.append(
-                    f"Warning: {row.constraint!r} {sign} {row.bound:g} has been violated for {self.patience} steps, in "
-                    f"all of which optim.constraint_max_grad_norm={self.limit:g} clipped the constraints' gradient "
+                    f"Warning: {row.constraint!r} {bound_text(row.side, row.bound)} has been violated for "
+                    f"{self.patience} steps, in all of which optim.constraint_max_grad_norm={self.limit:g} clipped the constraints' gradient "
                     f"({norm:.3g} in the last): a larger multiplier pulls no harder. If it does not come down, raise "
                     "the limit or set it to null"
                 )
