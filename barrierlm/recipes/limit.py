@@ -34,8 +34,8 @@ class LimitWatch:
             if self._counts[bound] == self.patience:
                 told.append(
                     f"Warning: {row.constraint!r} {bound_text(row.side, row.bound)} has been violated for "
-                    f"{self.patience} steps, in all of which optim.constraint_max_grad_norm={self.limit:g} clipped the constraints' gradient "
-                    f"({norm:.3g} in the last): a larger multiplier pulls no harder. If it does not come down, raise "
-                    "the limit or set it to null"
+                    f"{self.patience} steps, in all of which optim.constraint_max_grad_norm={self.limit:g} clipped the "
+                    f"constraints' gradient ({norm:.3g} in the last): a larger multiplier pulls no harder. If it does "
+                    "not come down, raise the limit or set it to null"
                 )
         return told
