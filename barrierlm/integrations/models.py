@@ -32,14 +32,15 @@ def unwrapped(model: Any) -> Any:
 
 @contextmanager
 def in_evaluation(model: Any) -> Iterator[Any]:
-    """The unwrapped model in evaluation mode."""
+    """The unwrapped model in evaluation mode; afterwards each of its modules is in the mode that it was in."""
     inner = unwrapped(model)
-    training = inner.training
+    training = [module for module in inner.modules() if module.training]
     inner.eval()
     try:
         yield inner
     finally:
-        inner.train(training)
+        for module in training:
+            module.training = True
 
 
 def reference_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -75,6 +76,11 @@ def reference_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
             f"model is a {type(unwrapped(model)).__name__}; allowed: a PeftModel, whose adapter can be off"
         )
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
-    with in_evaluation(model) as inner, torch.no_grad(), inner.disable_adapter():
-        logits: Tensor = inner(**given).logits
+    frozen = [p for p in unwrapped(model).parameters() if not p.requires_grad]
+    try:
+        with in_evaluation(model) as inner, torch.no_grad(), inner.disable_adapter():
+            logits: Tensor = inner(**given).logits
+    finally:
+        for p in frozen:  # PEFT makes all of an adapter trainable that it switches on
+            p.requires_grad_(False)
     return logits

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from barrierlm.files import replacing
+from barrierlm.integrations.models import in_evaluation
 
 from .costs import measure_rollouts, per_response
 from .model import lay_out
@@ -94,12 +95,10 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
     pairs = workspace.heldout[: options.pairs][rank::world]
     prompts = workspace.heldout[: options.prompts][rank::world]
     policy, size = workspace.policy, options.batch_size
-    was_training = policy.lm.training
-    policy.lm.eval()
     nlls: list[float] = []
     rollouts: list[Rollout] = []
     values: dict[str, list[float]] = {name: [] for name in workspace.costs}
-    with torch.no_grad(), torch.random.fork_rng():
+    with in_evaluation(policy.lm), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(_SAMPLING_SEED + rank)
         for start in range(0, len(pairs), size):
             batch = pairs[start : start + size]
@@ -115,7 +114,6 @@ def evaluate(workspace: Workspace, seconds: float = 0.0) -> Evaluation:
             logps = policy(sequences) if needed else None
             for name, measurement in measurements.items():
                 values[name] += per_response(measurement, sequences, logps).tolist()
-    policy.lm.train(was_training)
     shown = [(r.prompt.pair.prompt, r.text) for r in rollouts]
     shares = gather_object([(nlls, values, [(len(r.ids), r.censored) for r in rollouts], shown)])
     lengths = [entry for part in shares for entry in part[2]]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from barrierlm.files import storage_errors
+from barrierlm.integrations.models import in_evaluation
 
 from .config import ConfigError
 from .extras import missing_extra
@@ -181,21 +182,19 @@ class Policy(nn.Module):
     @contextmanager
     def sampling(self) -> Iterator[Any]:
         """The model for `generate`: evaluation mode, weights that autocast would cast at every token cast once."""
-        was_training, weights = self.lm.training, self._cast_by_autocast()
+        weights = self._cast_by_autocast()
         kept = [p.data for p in weights]
         # A slice of the last position is not contiguous, and matmul would copy the head for every row.
         hook = self.head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-        self.lm.eval()
         try:
             for p in weights:
                 p.data = p.data.to(self.compute_dtype)
-            with torch.no_grad(), self.autocast():
-                yield self.lm
+            with in_evaluation(self.lm) as lm, torch.no_grad(), self.autocast():
+                yield lm
         finally:
             for p, data in zip(weights, kept, strict=True):
                 p.data = data
             hook.remove()
-            self.lm.train(was_training)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -206,8 +205,10 @@ class Policy(nn.Module):
         Raises:
             ValueError: The model does something to its logits that this recipe does not know.
         """
-        was_training = self.lm.training
-        self.lm.eval()
+        with in_evaluation(self.lm):
+            self._check()
+
+    def _check(self) -> None:
         vocab = self._base[0].config.get_text_config().vocab_size
         a, b = ([(7 * i + k) % vocab for i in range(6)] for k in (1, 2))
         two, other = (lay_out([first, a], [first, b], row_tokens=64, device=self.device) for first in (a, b))
@@ -224,7 +225,6 @@ class Policy(nn.Module):
                 f"{(own - expected).abs().max().item():.3g}: {type(self._base[0]).__name__} changes its logits in "
                 "a way that is not known here; allowed: a plain head, or with a scale or softcap"
             )
-        self.lm.train(was_training)
 
 
 def precision(dtype: str, device: torch.device) -> str:

@@ -42,6 +42,19 @@ def test_the_disabled_adapter_is_the_starting_model():
     assert all((p.grad is not None) == ("lora" in name) for name, p in model.named_parameters())
 
 
+def test_the_model_is_afterwards_as_before():
+    """Modules that are kept in evaluation mode stay in it, and weights of the adapter that are frozen stay frozen."""
+    model = get_peft_model(make_model(), LORA)
+    model.train()
+    model.get_input_embeddings().eval()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_B" in name)
+    before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    reference_logits(model, collate(make_rows(2)))
+    assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == before
+    assert len(set(before[0])) == len(set(before[1])) == 2
+
+
 def test_gradients_are_those_of_a_plain_loop_with_a_second_model(tmp_path):
     torch.manual_seed(0)
     rows, gradients, seen = make_rows(12), Gradients(), []

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from ..logits import IGNORED, kl
 from ..models import reference_logits, unwrapped
 
 
@@ -55,12 +57,9 @@ class Batch:
         if reference is None and not hasattr(unwrapped(self.model), "disable_adapter"):
             raise ValueError("reference=None and a model without an adapter; allowed: a model, or None with PEFT")
         with torch.no_grad():
-            logits = reference_logits(self.model, inputs) if reference is None else reference(**inputs).logits
-            ref_logps = logits[:, :-1].log_softmax(-1)
-        logps = self.model(**inputs).logits[:, :-1].log_softmax(-1)
-        mask = self.outputs.label_mask
-        per_token = (logps.exp() * (logps - ref_logps)).sum(-1)
-        return (per_token * mask).sum(1) / mask.sum(1).clamp(min=1)
+            ref_logits = reference_logits(self.model, inputs) if reference is None else reference(**inputs).logits
+        counts = pad(self.outputs.label_mask.bool(), (1, 0))
+        return kl(self.model(**inputs).logits, ref_logits, torch.where(counts, 0, IGNORED))
 
 
 @dataclass(frozen=True)
