@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from barrierlm import BarrierObjective
+from barrierlm.distributed import world_size
 from barrierlm.files import replacing
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def load_objective(objective: BarrierObjective, folder: str) -> None:
 
     Raises:
         FileNotFoundError: The checkpoint has none.
-        ValueError: It is of other constraints.
+        ValueError: It is of other constraints, or damaged.
     """
     file = Path(folder, STATE_FILE)
     if not file.is_file():
@@ -38,7 +40,11 @@ def load_objective(objective: BarrierObjective, folder: str) -> None:
             f"{file}: the checkpoint is of a run without these constraints, or with save_only_model; allowed: one that "
             "this trainer saved (for a new run load the weights with from_pretrained)"
         )
-    objective.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise ValueError(f"{file} is damaged: it is no file of torch.save; allowed: an older checkpoint") from error
+    objective.load_state_dict(state)
 
 
 class SavesObjective(_Base):
@@ -46,6 +52,20 @@ class SavesObjective(_Base):
 
     objective: BarrierObjective
     args: Any
+
+    def _check_ranks(self) -> None:
+        """A Trainer that takes itself for the only one trains a model in every process, with one estimate of all.
+
+        Raises:
+            ValueError: It does, as transformers' does on CPUs that it was not told of.
+        """
+        ranks = world_size(self.objective.process_group)
+        if self.args.world_size == 1 and ranks > 1:
+            raise ValueError(
+                f"the Trainer runs as one process (args.world_size is 1) in a group of {ranks}; allowed: on CPUs "
+                "use_cpu=True in its arguments, which makes it one of them, or an objective with a process_group of "
+                "this process alone"
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

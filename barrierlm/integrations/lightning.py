@@ -21,7 +21,8 @@ class BarrierCallback(Callback):
     ``training_step`` returns ``objective.combine(loss, measurements).loss``. This callback calls ``objective.step()``
     after each optimizer step (after the window's last micro-batch with ``accumulate_grad_batches``), forgets the window
     of a step that the fp16 scaler skipped, logs ``objective.metrics()``, and keeps the objective's state in
-    Lightning's checkpoint: plain tensors, which load with ``weights_only=True``. Validation changes nothing.
+    Lightning's checkpoint: plain tensors, which load with ``weights_only=True``. Validation changes nothing, nor does
+    a step that ``training_step`` skips by returning None.
 
     Args:
         objective: The one that ``training_step`` calls.
@@ -61,6 +62,9 @@ class BarrierCallback(Callback):
         scale = _scale(trainer)
         if scale is not None and self._scale is not None and scale < self._scale:
             self.objective.discard_window()
+            return
+        # Where training_step returned None for all of the step, Lightning skips it, and counts it.
+        if not self.objective._window.calls:
             return
         self.objective.step()
         pl_module.log_dict(self.objective.metrics())

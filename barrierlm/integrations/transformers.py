@@ -58,6 +58,11 @@ class BarrierMixin(ConstrainsLoss, SavesObjective, _Base):
     ) -> None:
         if not isinstance(objective, BarrierObjective):
             raise TypeError(f"objective is a {type(objective).__name__}; allowed: a BarrierObjective")
+        if objective.loss_fn is not None:
+            raise ValueError(
+                f"objective has loss_fn={objective.loss_fn!r}; allowed: None (the Trainer computes the loss; give it "
+                "compute_loss_func for another)"
+            )
         for argument, function in (("measure", measure), ("num_samples", num_samples)):
             if not callable(function) and (argument == "measure" or function is not None):
                 raise TypeError(f"{argument} is a {type(function).__name__}; allowed: a function")
@@ -75,6 +80,7 @@ class BarrierMixin(ConstrainsLoss, SavesObjective, _Base):
                 f"{self.args.n_gpu} GPUs in one process (DataParallel); allowed: one process per GPU, started with "
                 "torchrun or accelerate launch"
             )
+        self._check_ranks()
         self._collate_columns()
         self.add_callback(_Commit(self))
 
@@ -87,7 +93,7 @@ class BarrierMixin(ConstrainsLoss, SavesObjective, _Base):
         """The window's micro-batches, as the Trainer's; counts their samples over all processes."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         rows = [_rows(batch) for batch in batches]
-        given = [dict(self.num_samples(batch)) if self.num_samples else {} for batch in batches]
+        given = [self._announced(batch) for batch in batches]
         names = list(given[0]) if given else []
         counts = [float(all(n is not None for n in rows)), float(sum(n or 0 for n in rows))]
         counts += [float(sum(batch[name] for batch in given)) for name in names]
@@ -96,6 +102,18 @@ class BarrierMixin(ConstrainsLoss, SavesObjective, _Base):
         self._rows_in_window = int(total) if int(known) == ranks else None
         self._window_counts = {name: int(n) for name, n in zip(names, own, strict=True)}
         return batches, num_items
+
+    def _announced(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """What ``num_samples`` says of a micro-batch."""
+        if self.num_samples is None:
+            return {}
+        given, names = self.num_samples(batch), list(self._one_per_row)
+        if not isinstance(given, Mapping):
+            raise TypeError(f"num_samples returned a {type(given).__name__}; allowed: numbers by constraint name")
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ValueError(f"num_samples returned a number for {unknown[0]!r}; allowed: constraints, {names}")
+        return dict(given)
 
     # ---- the loss --------------------------------------------------------------------------------------
 
@@ -117,6 +135,10 @@ class BarrierMixin(ConstrainsLoss, SavesObjective, _Base):
         task_loss, outputs = super().compute_loss(model, self._for_model(inputs), return_outputs=True, **kwargs)
         with self._measuring():
             measurements = self.measure(model, inputs, outputs)
+        if not isinstance(measurements, Mapping):
+            raise TypeError(
+                f"measure returned a {type(measurements).__name__}; allowed: measurements by constraint name"
+            )
         # The window has k micro-batches. training_step divides the loss by k, unless it takes it to be scaled
         # already; what is combined is always a loss that is still to be divided by k.
         k = self.current_gradient_accumulation_steps
@@ -178,11 +200,14 @@ class BarrierTrainer(BarrierMixin, Trainer):
         columns: Dataset columns that ``measure`` reads. They are kept by ``remove_unused_columns``, collated apart from
             the others (numbers to tensors [B], equal shapes stacked, the rest as lists) and never shown to the model.
         num_samples: ``(batch) -> {name: number of samples}`` that a micro-batch will give, for constraints that are not
-            measured once per row. Makes their means exact when micro-batches differ; without it they count equally.
+            measured once per row. Makes their means exact when micro-batches differ; without it they count equally. A
+            constraint that only some of a step's micro-batches measure needs it (0 where it is left out, 1 for an exact
+            value): what is not announced pulls the gradient to 0.
 
     Raises:
-        TypeError: An argument of the wrong kind.
-        ValueError: Several GPUs in one process.
+        TypeError: An argument of the wrong kind; what ``measure`` or ``num_samples`` returned.
+        ValueError: Several GPUs in one process; processes that the Trainer does not know of; an ``objective`` with a
+            ``loss_fn``.
 
     Example:
         >>> from barrierlm.integrations.logits import entropy

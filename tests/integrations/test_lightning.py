@@ -1,6 +1,7 @@
 """Lightning: gradients of a plain loop, commits after optimizer steps, checkpoints, validation, Fabric."""
 
 import importlib
+import math
 import sys
 import types
 
@@ -54,8 +55,8 @@ def loader():
     return torch.utils.data.DataLoader(make_rows(16), batch_size=4, collate_fn=lambda rows: dict(collate(rows)))
 
 
-def fit(folder, objective, epochs, *, seed=0, ckpt_path=None, callback=True, **options):
-    module = Module(objective, seed)
+def fit(folder, objective, epochs, *, kind=Module, seed=0, ckpt_path=None, callback=True, **options):
+    module = kind(objective, seed)
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -70,6 +71,24 @@ def fit(folder, objective, epochs, *, seed=0, ckpt_path=None, callback=True, **o
     )
     trainer.fit(module, loader(), loader(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return trainer, module
+
+
+class Skipping(Module):
+    """Skips half of an epoch's first window, and all of its second."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx else self._loss(batch)
+
+    def on_before_optimizer_step(self, optimizer):
+        pass  # there is no gradient
+
+
+def test_a_step_that_is_skipped_commits_nothing(tmp_path):
+    objective = make_objective()
+    trainer, _ = fit(tmp_path, objective, 2, kind=Skipping)
+    assert trainer.global_step == 4
+    assert objective.windows == 2
+    assert math.isfinite(objective.report()[0].estimate)
 
 
 def test_gradients_are_those_of_a_plain_loop_and_validation_changes_nothing(tmp_path):

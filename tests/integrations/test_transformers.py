@@ -6,12 +6,14 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from barrierlm import EMA, BarrierObjective, ConstantSchedule, Constraint, RelaxedLogBarrier, Sampled
+from barrierlm.integrations.checkpoint import load_objective, save_objective
 from barrierlm.integrations.logits import entropy, kl, logps, nll
 from barrierlm.integrations.rollouts import Rollouts, prompt_tokens
 from barrierlm.integrations.transformers import BarrierTrainer
@@ -291,6 +293,80 @@ def test_arguments_of_the_wrong_kind(tmp_path, options):
         BarrierTrainer(make_model(), TrainingArguments(str(tmp_path)), **own)
 
 
+RETURNED = [
+    ({"measure": lambda *given: None}, TypeError, "measure returned a NoneType; allowed: measurements by"),
+    ({"measure": lambda *given: torch.ones(2)}, TypeError, "measure returned a Tensor; allowed"),
+    ({"num_samples": lambda batch: 3}, TypeError, "num_samples returned a int; allowed: numbers by constraint name"),
+    ({"num_samples": lambda batch: {"flaged": 3}}, ValueError, "a number for 'flaged'; allowed: .*'flagged'"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), RETURNED)
+def test_functions_that_return_something_else(tmp_path, options, error, message):
+    objective = make_objective()
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path, objective, make_rows(6), **options).train()
+    assert objective.windows == 0
+
+
+def test_an_objective_with_a_loss_of_its_own_is_refused(tmp_path):
+    objective = BarrierObjective(torch.nn.functional.mse_loss, [Constraint("entropy", lower=6.0)])
+    with pytest.raises(ValueError, match=r"objective has loss_fn=.*allowed: None"):
+        make_trainer(tmp_path, objective, make_rows(6))
+
+
+def test_processes_that_the_trainer_does_not_know_of_are_refused(tmp_path, monkeypatch):
+    """As torchrun on CPUs without use_cpu=True: each process would train, and save, a model of its own."""
+    monkeypatch.setattr("barrierlm.integrations.checkpoint.world_size", lambda group: 2)
+    with pytest.raises(ValueError, match=r"runs as one process .* in a group of 2; allowed: .*use_cpu=True"):
+        make_trainer(tmp_path, make_objective(), make_rows(6))
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_constraint_of_some_micro_batches_has_its_gradient_if_it_is_announced(tmp_path, announced):
+    """Measured in every second micro-batch: a mean over those, where num_samples says so; else half, with a warning."""
+    rows, gradients, measured, counted = make_rows(8), Gradients(), [], []
+
+    def sometimes(model, inputs, outputs):
+        measured.append(inputs)
+        return {"entropy": entropy(outputs.logits, inputs["labels"])} if len(measured) % 2 else {}
+
+    def num_samples(batch):
+        counted.append(batch)
+        return {"entropy": 2 * (len(counted) % 2)}
+
+    trainer = make_trainer(
+        tmp_path,
+        make_objective(Constraint("entropy", lower=9.0, scale=1.0)),
+        rows,
+        sometimes,
+        kind=InOrder,
+        callbacks=[gradients],
+        num_samples=num_samples if announced else None,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        learning_rate=0.0,
+    )
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * 0  # no task
+    with warnings.catch_warnings() if announced else pytest.warns(RuntimeWarning, match="was 0.5 times the right one"):
+        trainer.train()
+    trainer.model.zero_grad()
+    batch = collate(rows[4:6])
+    (-2.0 * entropy(trainer.model(**batch).logits, batch["labels"]).mean()).backward()  # mu / s: violated
+    expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]) / (1 if announced else 2)
+    assert (gradients.seen[1] - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 99])
+def test_a_damaged_state_names_its_file(tmp_path, damage):
+    objective = make_objective()
+    save_objective(objective, str(tmp_path))
+    file = tmp_path / "objective.pt"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"objective.pt is damaged.*allowed"):
+        load_objective(objective, str(tmp_path))
+
+
 def test_a_column_that_is_not_there(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "flag"} for row in make_rows(6)]
     with pytest.raises(ValueError, match="no 'flag'"):
@@ -310,6 +386,26 @@ def test_measures_of_logits_by_the_formula():
         torch.testing.assert_close(entropy(logits, labels)[b], h)
         d = sum((p[b, t] * (p[b, t] / r[b, t]).log()).sum() for t in at) / len(at)
         torch.testing.assert_close(kl(logits, ref, labels)[b], d)
+
+
+def test_what_has_no_probability_does_not_count():
+    """Masked vocabulary: p log p is 0 there, in value and gradient."""
+    logits, ref, labels = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.ones(2, 5, dtype=torch.long)
+    masked, masked_ref = (
+        torch.cat([x, torch.full((2, 5, 2), -torch.inf)], -1).requires_grad_(i == 0)
+        for i, x in enumerate((logits, ref))
+    )
+    logits.requires_grad_()
+    for own, expected in (
+        (entropy(masked, labels), entropy(logits, labels)),
+        (kl(masked, masked_ref, labels), kl(logits, ref, labels)),
+        (kl(masked, torch.cat([ref, ref[..., :2]], -1), labels) * 0, torch.zeros(2)),
+    ):
+        torch.testing.assert_close(own, expected)
+        gradients = torch.autograd.grad(own.sum(), masked)[0]
+        assert gradients[..., 7:].eq(0).all()
+        if expected.requires_grad:
+            torch.testing.assert_close(gradients[..., :7], torch.autograd.grad(expected.sum(), logits)[0])
 
 
 @pytest.mark.parametrize("module", ["transformers", "rollouts"])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_model import tiny_model
 
-from barrierlm import Constraint
+from barrierlm import BarrierObjective, Constraint, DualAscent
 
 from .trl_tools import IGNORED, Gradients, chosen, entropy, make_trainer, token_logps
 
@@ -149,6 +150,34 @@ def test_sft(batch_size, model, tmp_path):
     for name, values in (("entropy", entropies), ("kept", kept), ("norm", [norm(window[0])[None]])):
         loss = loss + weights[1][name] * torch.cat(values).mean()
     assert close(recorded.steps[1], plain_gradient(trainer, loss))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_sft_with_a_measurement_of_some_micro_batches(exact, model, tmp_path):
+    """Announced by num_samples, the mean is over those alone; here they hold the same rows as the others."""
+    steps = []
+    for kept in ([1.0] * 8, [1.0, 1.0, 0.0, 0.0] * 2):
+
+        def measure(batch):
+            values = entropy(batch)
+            return None if not batch.columns["kept"].any() else values.mean() if exact else values
+
+        # Large, so that the task's gradient is none of it.
+        rule = DualAscent(1e-9, start_at=1e6, cap=1e9)
+        trainer, recorded = still(
+            "sft",
+            model,
+            tmp_path,
+            settings={"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"},
+            train_dataset=Dataset.from_dict({"text": ["say one two three", "it was red"] * 4, "kept": kept}),
+            constraints=BarrierObjective(None, [Constraint("entropy", lower=9.0, scale=1.0)], rule=rule),
+            measurements={"entropy": measure},
+            num_samples={"entropy": lambda inputs: int(inputs["kept"].max()) if exact else inputs["kept"].sum()},
+            columns=["kept"],
+        )
+        trainer.train()
+        steps.append(recorded.steps[1])
+    assert close(*steps)
 
 
 def test_dpo(model, tmp_path):

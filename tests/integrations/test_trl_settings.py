@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import GRPOTrainer
 
 from barrierlm import BarrierObjective, Constraint
+from barrierlm.integrations.logits import kl as logits_kl
 from barrierlm.integrations.trl import Batch, ConstrainedRewards
 
 from .trl_tools import IGNORED, dataset, length, make_config, make_trainer, token_logps, words
@@ -104,6 +105,19 @@ def test_measurements_of_another_size_need_num_samples(model, tmp_path):
     trainer = make_trainer("sft", model, tmp_path, measurements={"entropy": lambda b: b.outputs.entropy.flatten()})
     with pytest.raises(ValueError, match=r"returned \d+ values in a micro-batch of 8 samples.*num_samples="):
         trainer.train()
+
+
+def test_what_is_announced_must_come(model, tmp_path):
+    arguments = {"measurements": {"entropy": lambda b: None}, "num_samples": {"entropy": lambda inputs: 1}}
+    with pytest.raises(ValueError, match="returned 0 values in a micro-batch of 1 samples"):
+        make_trainer("sft", model, tmp_path, **arguments).train()
+
+
+def test_processes_that_the_trainer_does_not_know_of_are_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("barrierlm.integrations.checkpoint.world_size", lambda group: 2)
+    for kind in ("sft", "grpo"):
+        with pytest.raises(ValueError, match="in a group of 2; allowed"):
+            make_trainer(kind, model, tmp_path)
 
 
 def test_nan_is_not_hidden_by_the_filter(model, tmp_path):
@@ -240,6 +254,22 @@ def test_reference_kl(model, tmp_path):
     torch.testing.assert_close(batch.reference_kl(reference), expected)
     assert batch.reference_kl().requires_grad
     assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_reference_kl_in_bf16_is_that_of_its_logits():
+    """Softmaxes in bf16 made it negative."""
+    torch.manual_seed(0)
+    base = (3 * torch.randn(2, 9, 512)).bfloat16()
+    policy = (base.float() + 0.05 * torch.randn(2, 9, 512)).bfloat16()
+    labels = torch.zeros(2, 9, dtype=torch.long)
+
+    def model(logits):
+        return lambda **inputs: SimpleNamespace(logits=logits)
+
+    batch = Batch(model(policy), {"input_ids": labels}, SimpleNamespace(label_mask=torch.ones(2, 8)), {})
+    expected = logits_kl(policy.double(), base.double(), labels)
+    torch.testing.assert_close(batch.reference_kl(model(base)), expected, rtol=1e-4, atol=1e-7)
+    assert batch.reference_kl(model(policy)).eq(0).all()
 
 
 REFERENCES = [

@@ -31,8 +31,10 @@ class ConstrainedLoss(ConstrainsLoss, ConstrainedTrainer):
         measurements: By constraint name, a function of a `Batch` (a `PreferenceBatch` for DPO) that returns a tensor
             with gradient: [n], one value per sequence (per pair) of the micro-batch; or 0-d, taken as exact; or None:
             not measured in this micro-batch.
-        num_samples: By constraint name, for measurements [n] of another n: a function of a micro-batch's inputs
-            (columns included) that returns n. It is called before the step, to know the step's total.
+        num_samples: By constraint name, for measurements [n] of another n, and for those that only some of a step's
+            micro-batches make: a function of a micro-batch's inputs (columns included) that returns n, 1 for a 0-d
+            value and 0 for None. It is called before the step, to know the step's total. What is left out unannounced
+            pulls the constraint's gradient to 0, and is warned of.
         columns: Dataset columns that measurements need.
         **kwargs: Of the trainer.
 
@@ -67,6 +69,7 @@ class ConstrainedLoss(ConstrainsLoss, ConstrainedTrainer):
             raise ValueError(f"columns={columns!r}; allowed: a list of names")
         self._columns = tuple(columns)
         super().__init__(*args, **kwargs)
+        self._check_ranks()
         if self._columns:
             if getattr(self.args, "packing", False):
                 raise ValueError(f"columns={columns!r} with packing=True; allowed: packing=False (packing drops them)")
@@ -117,15 +120,17 @@ class ConstrainedLoss(ConstrainsLoss, ConstrainedTrainer):
         self, loss: Tensor, measured: dict[str, Tensor], scaled: bool, batch: Batch, columns: dict[str, Any]
     ) -> Tensor:
         totals = {}
-        for name, value in measured.items():
-            if isinstance(value, Tensor) and value.dim() == 0:
-                totals[name] = self._micro_batches
+        for name in self._measurements:
+            value, announced = measured.get(name), name in self._num_samples
+            if value is None and not announced:
                 continue
-            totals[name] = self._window_samples[name]
-            expected = self._expected(name, {**batch.inputs, **columns})
-            if isinstance(value, Tensor) and len(value) != expected:
+            exact = isinstance(value, Tensor) and value.dim() == 0
+            totals[name] = self._micro_batches if exact and not announced else self._window_samples[name]
+            expected = self._expected(name, {**batch.inputs, **columns}) if announced or not exact else 1
+            number = 0 if value is None else 1 if exact else len(value)
+            if number != expected:
                 raise ValueError(
-                    f"measurements[{name!r}] returned {len(value)} values in a micro-batch of {expected} samples; "
+                    f"measurements[{name!r}] returned {number} values in a micro-batch of {expected} samples; "
                     f"allowed: one for each, or a mean (0-d), or num_samples={{{name!r}: how many, from the inputs}}"
                 )
         steps = self.current_gradient_accumulation_steps

@@ -133,6 +133,7 @@ class ConstrainedRewards(ConstrainedTrainer):
         finally:
             if user_weights is not None:
                 args.reward_weights = user_weights
+        self._check_ranks()
         if args is None:
             _check_settings(self.args)
         self.reward_func_names[columns] = [f"costs/{name}" for name in names]
