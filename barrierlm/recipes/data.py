@@ -122,9 +122,11 @@ def split_pairs(pairs: Sequence[Pair], options: DataOptions) -> tuple[list[Pair]
     for pair in pairs:
         (heldout if _draw(pair.origin, options.split_seed) < options.heldout_share else train).append(pair)
     if not train or not heldout:
+        origins = len({pair.origin for pair in pairs})
         raise ConfigError(
             f"data.heldout_share={options.heldout_share} of {len(pairs)} pairs gives {len(train)} for training and "
-            f"{len(heldout)} held out; allowed: at least one of each"
+            f"{len(heldout)} held out; allowed: at least one of each (they are of {origins} conversations or prompts, "
+            "and pairs of one stay together)"
         )
     return train, heldout
 

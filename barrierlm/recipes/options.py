@@ -50,7 +50,7 @@ class DataOptions:
     max_response_tokens: int = _option(64, "longer responses are left out", low=1)
     max_pairs: int | None = _option(None, "use only so many pairs, chosen once; null: all", low=2)
     heldout_share: float = _option(
-        0.05, "share of the conversations (or pairs) that is never trained on", above=0, below=1
+        0.05, "share of the conversations (or prompts) that is never trained on", above=0, below=1
     )
     split_seed: int = _option(0, "seed of the choice and of the held-out split; leave it to compare runs")
 

@@ -66,7 +66,7 @@ def test_split_is_by_origin_and_stable():
 
 
 def test_split_with_an_empty_side():
-    with pytest.raises(ConfigError, match=r"heldout_share=0.1 of 1 pairs gives"):
+    with pytest.raises(ConfigError, match=r"heldout_share=0.1 of 1 pairs gives .*they are of 1 conversations"):
         split_pairs([Pair("a", "b", "a")], DataOptions(heldout_share=0.1))
 
 
