@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .distributed import combine_over_ranks
-from .output import ObjectiveOutput
+from .output import ObjectiveOutput, parts_of
 
 
 class PartNorms(NamedTuple):
@@ -130,16 +130,8 @@ class SplitGradients:
             ValueError: ``out`` is of `linear`, or has no gradient at all; a divisor that is no positive number;
                 a scaler that is not that of the step's earlier backward passes.
         """
-        if not isinstance(out, ObjectiveOutput):
-            raise TypeError(f"out is a {type(out).__name__}; allowed: what a call of the objective returned")
-        if out._parts is None:
-            raise ValueError(
-                "out is of linear(), whose one pass makes the gradients of task and constraints at once; allowed: "
-                "an output of combine(), or of calling the objective; or backward_parts() with the losses of two passes"
-            )
-        if not any(part.requires_grad for part in out._parts):
-            raise ValueError("out has no gradient; allowed: an output of a call with gradients on")
-        self._backward(*out._parts, divisor, scaler)
+        parts = parts_of(out, "combine(), or calling the objective; or backward_parts() with the losses of two passes")
+        self._backward(*parts, divisor, scaler)
 
     def backward_parts(
         self,

@@ -81,7 +81,7 @@ class Readings:
         if name not in Reading._fields:
             raise AttributeError(name)
         dtype = torch.bool if name == "known" else torch.float64
-        return torch.tensor([getattr(r, name) for r in self._bounds], dtype=dtype)
+        return torch.tensor([getattr(r, name) for r in self._bounds], dtype=dtype, device="cpu")
 
 
 class Force(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .barriers import Readings, Rule
+from .estimators import vector
 
 
 class DualAscent(Rule):
@@ -71,8 +72,8 @@ class DualAscent(Rule):
         return super().kind + ("" if self.parametrisation == "linear" else f"({self.parametrisation})")
 
     def start(self, num_bounds: int) -> None:
-        self.learned = torch.full((num_bounds,), self.start_at, dtype=torch.float64)
-        self.windows = torch.zeros((), dtype=torch.float64)
+        self.learned = vector([self.start_at] * num_bounds)
+        self.windows = vector(0.0)
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """lambda z [m], the Lagrangian's term."""
@@ -127,7 +128,7 @@ class AugmentedLagrangian(Rule):
         self.penalty, self.step = float(penalty), float(step)
 
     def start(self, num_bounds: int) -> None:
-        self.learned = torch.zeros(num_bounds, dtype=torch.float64)
+        self.learned = vector([0.0] * num_bounds)
 
     def value(self, z: Tensor, mu: Tensor, s: Tensor) -> Tensor:
         """The augmented term [m]."""

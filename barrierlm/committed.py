@@ -20,6 +20,8 @@ from .schedules import Schedule
 
 #: Of the states that are saved; 5 has ``met`` and ``mean`` of bounds that are not learned yet.
 _VERSION = 5
+#: The largest number in fp32.
+_LARGEST = torch.finfo(torch.float32).max
 #: The reading of a bound that was not measured.
 _NOTHING = Reading(0.0, 0.0, 0.0, 0.0, False, math.nan)
 
@@ -74,14 +76,12 @@ class Committed:
         rule.start(len(bounds))
         schedule.prepare(len(bounds))
         # A bound is the natural origin: sums of squares of first samples lose no digits to a large offset.
-        origin = torch.tensor(
-            [c.upper if c.lower is None else c.lower for c in bounds.constraints], dtype=torch.float64
-        )
+        origin = vector([c.upper if c.lower is None else c.lower for c in bounds.constraints])
         estimator.start(origin)
         self.scales = Scales(bounds, origin)
         self.positions = PositionBaseline(num_constraints, estimator.smoothing)
         self.watch = FeasibilityWatch(len(bounds))
-        self.nonfinite = torch.zeros(num_constraints, dtype=torch.float64)
+        self.nonfinite = vector([0.0] * num_constraints)
         self.baselines = self.positions.table()
         self._read()
         self._refresh()
@@ -203,10 +203,32 @@ class Committed:
             margin = min(self.confidence * window / self._LONG, self._LARGEST_MARGIN * self.bounds.widths[k])
             self._margins.append(margin / scale[k] if known else 0.0)
             self._near.append(verdict_tolerance(own))
-            if math.isfinite(z):
+            if math.isinf(z):
+                raise ValueError(
+                    f"Constraint {self.bounds.names[k]!r}: estimate {mean[k]:.4g} is too many scales of {scale[k]:.4g} "
+                    "from its bound for a number; allowed: a larger scale"
+                )
+            if not math.isnan(z):
                 own = own if known else 1.0  # counts as one scale
                 reading = Reading(z, z, own, self.noise_floor * own, True, math.nan)
             self._readings.append(reading)
+
+    def metrics(self) -> dict[str, float]:
+        """See `BarrierObjective.metrics`."""
+        metrics = {"barrier/mu": self.base_mu, "barrier/penalty": self.penalty}
+        mean, stderr = self.mean, self.stderr
+        for k, name in enumerate(self.bounds.names):
+            metrics[f"constraints/{name}/value"] = mean[k]
+            metrics[f"constraints/{name}/stderr"] = stderr[k]
+            metrics[f"constraints/{name}/scale"] = float(self.scales.value[k])
+            metrics[f"constraints/{name}/nonfinite"] = float(self.nonfinite[k])
+        for row in self.report:
+            prefix = f"constraints/{row.constraint}/{row.side}"
+            metrics[f"{prefix}/slack"] = row.slack
+            metrics[f"{prefix}/multiplier"] = row.multiplier
+            metrics[f"{prefix}/mu"] = row.mu
+            metrics[f"{prefix}/s"] = row.s
+        return metrics
 
     def shifts(self) -> list[float]:
         """By how much the rule, as it stands, has each bound drawn in."""
@@ -228,15 +250,16 @@ class Committed:
             if not r.known:
                 multiplier.append(0.0)
                 continue
-            if not math.isfinite(force.multiplier + force.value):
+            pull = force.multiplier / scale[k]
+            # In fp32, which is what losses are made in.
+            if not (pull < _LARGEST and force.multiplier < _LARGEST and abs(force.value) < _LARGEST):
                 raise ValueError(
                     f"{type(self.rule).__name__} has no finite multiplier for {self.bounds.labels[i]} at violation "
                     f"z={z[i]:.4g}, mu={mu[i]:.4g}; allowed: z < 0 for LogBarrier; use RelaxedLogBarrier "
-                    "(linear extension) or a larger mu"
+                    "(linear extension) or a larger mu or scale"
                 )
             multiplier.append(force.multiplier)
             penalty += force.value
-            pull = force.multiplier / scale[k]
             weights[k] += pull if side == "upper" else -pull
         self.weights, self.penalty, self._multiplier = weights, penalty, multiplier
         self.report = self._rows_of(multiplier, forces)
@@ -279,7 +302,7 @@ class Committed:
                     verdict(self._z[i], self._near[i], others),
                 )
             )
-        return Report(rows)
+        return Report(rows, self.metrics)
 
     @contextmanager
     def _undo_on_error(self) -> Iterator[None]:

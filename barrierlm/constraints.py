@@ -9,6 +9,11 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def _cpu(numbers: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device="cpu")  # whatever the default device is
 
 
 def _finite(name: str, argument: str, value: Any) -> float:
@@ -32,7 +37,8 @@ class Constraint:
         upper: Largest allowed average, same unit.
         scale: Positive number that one unit of violation stands for, same unit. Default: the width of a
             two-sided window; otherwise the standard deviation of the first window's samples, frozen then
-            (where all are equal, the distance to the bound, or 1); 1 for exact (0-d) measurements.
+            (where that is less than a hundredth of their distance from the bound, this distance; where both are
+            0, 1); 1 for exact (0-d) measurements.
 
     Raises:
         ValueError: No bound, ``lower >= upper``, a bound that is not finite, or ``scale <= 0``.
@@ -102,10 +108,10 @@ class Bounds:
         self.sides = tuple((k, side) for k, c in enumerate(self.constraints) for side in c.sides)
         #: Of each constraint; infinite with one bound.
         self.widths = [math.inf if c.lower is None or c.upper is None else c.upper - c.lower for c in self.constraints]
-        self.index = torch.tensor([k for k, _ in self.sides], dtype=torch.long)
-        self.sign = torch.tensor([1.0 if s == "upper" else -1.0 for _, s in self.sides], dtype=torch.float64)
+        self.index = _cpu([k for k, _ in self.sides], torch.long)
+        self.sign = _cpu([1.0 if s == "upper" else -1.0 for _, s in self.sides])
         self.values = tuple(getattr(self.constraints[k], s) for k, s in self.sides)
-        self.value = torch.tensor(self.values, dtype=torch.float64)
+        self.value = _cpu(self.values)
         self.labels = tuple(f"{names[k]} ({side})" for k, side in self.sides)
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from .sampling import Measured
 def barrier_terms(committed: Committed, measured: dict[int, Measured]) -> tuple[list[Tensor], Tensor]:
     """B(z) of this call's own means, differentiable; without a scale yet, a connected zero."""
     terms = [m.total * 0 for m in measured.values()]
-    penalty = torch.zeros((), dtype=torch.float64)
+    penalty = vector(0.0)
     scale = vector(committed.scales.value)
     for k, m in measured.items():
         if bool(scale[k].isnan()) and m.row[Column.EXACT] > 0:

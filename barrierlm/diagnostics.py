@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
+from .estimators import vector
 from .saved import saved_count, saved_number, saved_tensor
 
 
@@ -32,10 +31,35 @@ class BoundState(NamedTuple):
     verdict: str
 
 
-class Report(tuple[BoundState, ...]):
-    """The rows of `BarrierObjective.report`, one per bound; prints as a table."""
+class Report:
+    """The rows of `BarrierObjective.report`, one per bound, to be read like a tuple; prints as a table.
 
-    __slots__ = ()
+    It is none, because DDP and Accelerate take tuples that a model returns apart and put copies of their parts together
+    again: an `ObjectiveOutput` has four fields afterwards and nothing else, and finds its objective by this one.
+    """
+
+    def __init__(self, rows: Iterable[BoundState] = (), metrics: Callable[[], dict[str, float]] = dict) -> None:
+        self._rows = tuple(rows)
+        #: All the objective's numbers, as they are when it is called.
+        self._metrics = metrics
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[BoundState]:
+        return iter(self._rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._rows[i]
+
+    def __eq__(self, other: object) -> bool:
+        return self._rows == (other._rows if isinstance(other, Report) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._rows)
+
+    def __repr__(self) -> str:
+        return f"Report({list(self._rows)})"
 
     def __str__(self) -> str:
         head = ("constraint", "bound", "estimate", "+-", "slack", "multiplier", "verdict")
@@ -165,7 +189,7 @@ class FeasibilityWatch:
     def state_dict(self) -> dict[str, Any]:
         """A deep copy of the state: numbers and tensors."""
         numbers = {name: getattr(self, name) for name in ("stuck", "known", "total", "growth", "level")}
-        return numbers | {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in self._LISTS}
+        return numbers | {name: vector(getattr(self, name)) for name in self._LISTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""

@@ -94,10 +94,10 @@ def rows_of_all_ranks(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if ranks == 1:
         return rows.double().cpu()
     rank = dist.get_rank(group)
-    counts = torch.zeros(ranks, dtype=torch.float64)
+    counts = torch.zeros(ranks, dtype=torch.float64, device="cpu")
     counts[rank] = len(rows)
     ends = sum_over_ranks(counts, group).cumsum(0).long().tolist()
-    everything = torch.zeros(ends[-1], rows.shape[1], dtype=torch.float64)
+    everything = torch.zeros(ends[-1], rows.shape[1], dtype=torch.float64, device="cpu")
     everything[ends[rank] - len(rows) : ends[rank]] = rows
     return sum_over_ranks(everything, group)
 

@@ -54,7 +54,7 @@ def vector(numbers: Any) -> Tensor:
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return vector(numbers)
-    return torch.tensor(numbers, dtype=torch.float64)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
 def neighbours(index: tuple[int, ...]) -> bool:
@@ -106,6 +106,9 @@ def window_row(
     return torch.cat([row, *more], 1) if more else row
 
 
+#: Exact values differ by less than this share of their distance from the mean before, squared: well above the round-off
+#: of their sums, which three micro-batches have and two have not.
+_EXACT = 1e-12
 #: Weight of the newest window in `EMA.typical`.
 _SLOW = 0.05
 
@@ -187,7 +190,7 @@ class EMA:
     @property
     def known(self) -> Tensor:
         """Which constraints [K] have an estimate."""
-        return torch.tensor([s.weight > 0 for s in self._sums])
+        return torch.tensor([s.weight > 0 for s in self._sums], device="cpu")
 
     @property
     def mean(self) -> list[float]:
@@ -229,10 +232,11 @@ class EMA:
         d = total / count
         deviation = group_squares - 2 * d * group_cross + d * d * group_sizes
         deviation = deviation if deviation > 0 else 0.0
+        # Exact values that differ within a window are samples after all.
+        exact = num_exact >= count and deviation <= _EXACT * group_squares
+        deviation = 0.0 if exact else deviation
         has_spread = groups > 1.5
         variance = deviation / (count * count) * groups / (groups - 1) if has_spread else 0.0
-        # Exact values that differ within a window are samples after all.
-        exact = num_exact >= count and deviation <= 1e-20 * group_squares
         # Of one sample alone about the mean before it, which the first window does not have.
         if count > 1.5:
             single = squares - count * d * d
@@ -287,11 +291,16 @@ class BatchMean(EMA):
         super().__init__(1.0)
 
 
+#: Of the distance from the bound: samples that are spread less than this are no unit to count it in.
+_NARROW = 0.01
+
+
 class Scales:
     """What one unit of violation stands for, per constraint [K]; NaN until it is known, then frozen.
 
     Where the definition does not tell, it is 1 for exact values and else the standard deviation of the
-    first two or more samples. If those are all the same it is their distance from the bound.
+    first two or more samples. If that is less than a hundredth of their distance from the bound, it is this distance:
+    samples that are all the same, or differ by round-off (a KL before the first step) or by little, say nothing.
     """
 
     def __init__(self, bounds: Bounds, origin: Tensor) -> None:
@@ -324,7 +333,7 @@ class Scales:
             return value, sums
         distance = abs(total / count)
         std = math.sqrt(max(squares - total * total / count, 0.0) / (count - 1))
-        return (std if std > 1e-9 * distance else distance or 1.0), sums
+        return (std if std > _NARROW * distance else distance or 1.0), sums
 
     def state_dict(self) -> dict[str, Any]:
         """A deep copy of the state: tensors only."""

@@ -90,7 +90,7 @@ class _Column:
         self.name = name
 
     def __get__(self, rule: _Learner, owner: type) -> Tensor:
-        return torch.tensor([getattr(b, self.name) for b in rule._bounds], dtype=torch.float64)
+        return vector([getattr(b, self.name) for b in rule._bounds])
 
     def __set__(self, rule: _Learner, values: Tensor) -> None:
         rule._bounds = [replace(b, **{self.name: x}) for b, x in zip(rule._bounds, values.tolist(), strict=True)]

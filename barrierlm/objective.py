@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ _Stacks = dict[tuple[int, ...], Measured]
 
 #: Calls without a single `step()` after which the loop is told; more micro-batches than most windows have.
 _CALLS_BEFORE_WARNING = 32
+#: Windows in a row without a sample of a constraint after which the loop is told.
+_WINDOWS_BEFORE_WARNING = 100
 
 
 class BarrierObjective:
@@ -108,6 +111,8 @@ class BarrierObjective:
     ) -> None:
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn is a {type(loss_fn).__name__}; allowed: a callable or None")
+        if not isinstance(constraints, Iterable):
+            raise TypeError(f"constraints is a {type(constraints).__name__}; allowed: a list of Constraint objects")
         constraints = list(constraints)
         if not constraints:
             raise ValueError("constraints is empty; allowed: at least one Constraint")
@@ -155,6 +160,7 @@ class BarrierObjective:
         mark = zlib.crc32(repr(self._committed.bounds.fingerprint()).encode()) % 2**20  # hash() differs by process
         self._window = Window(len(constraints), mark)
         self._warned: set[str] = set()
+        self._unmeasured = [0] * len(constraints)  # windows in a row
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
@@ -390,6 +396,7 @@ class BarrierObjective:
         self._window.clear()
         # Only now: one rank may be alone with a warning, which -W error makes an error.
         self._warn_of_counts(sums, expected)
+        self._warn_of_unmeasured(sums)
         if not committed and not any(row[Column.NONFINITE] for row in sums):
             self._warn_once(
                 "empty",
@@ -463,20 +470,7 @@ class BarrierObjective:
 
         Numbers that are not known yet are NaN.
         """
-        metrics = {"barrier/mu": self._committed.base_mu, "barrier/penalty": self._committed.penalty}
-        mean, stderr = self._committed.mean, self._committed.stderr
-        for k, name in enumerate(self._committed.bounds.names):
-            metrics[f"constraints/{name}/value"] = mean[k]
-            metrics[f"constraints/{name}/stderr"] = stderr[k]
-            metrics[f"constraints/{name}/scale"] = float(self._committed.scales.value[k])
-            metrics[f"constraints/{name}/nonfinite"] = float(self._committed.nonfinite[k])
-        for row in self._committed.report:
-            prefix = f"constraints/{row.constraint}/{row.side}"
-            metrics[f"{prefix}/slack"] = row.slack
-            metrics[f"{prefix}/multiplier"] = row.multiplier
-            metrics[f"{prefix}/mu"] = row.mu
-            metrics[f"{prefix}/s"] = row.s
-        return metrics
+        return self._committed.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on: plain tensors and numbers, deep-copied.
@@ -545,7 +539,6 @@ class BarrierObjective:
         total = loss + constraint_loss
         out = ObjectiveOutput(total, task_loss.detach(), penalty.to(loss.device), self._committed.report)
         out._parts, out._share = (loss, constraint_loss) if separable else None, share
-        out._committed_metrics = self.metrics
         return out
 
     def _take(self, rows: dict[tuple[int, ...], Tensor], expected: dict[int, int | Tensor]) -> None:
@@ -554,7 +547,8 @@ class BarrierObjective:
             self._warn_once(
                 "step",
                 f"{self._window.calls} calls without objective.step(): nothing is committed and the multipliers "
-                "stay as they are. Call objective.step() after each optimizer step.",
+                "stay as they are. Call objective.step() after each optimizer step (if these are the micro-batches of "
+                "one, all is well).",
             )
 
     def _check_call(self, measurements: Any, num_samples: Any, loss_divisor: Any, *, how: str = "combine") -> None:
@@ -616,10 +610,26 @@ class BarrierObjective:
                     f"constraint's gradient was {found / max(int(n), 1):.3g} times the right one.",
                 )
 
+    def _warn_of_unmeasured(self, sums: list[list[float]]) -> None:
+        for k, row in enumerate(sums):
+            found = row[Column.COUNT] or row[Column.NONFINITE]
+            self._unmeasured[k] = 0 if found else self._unmeasured[k] + 1
+            if self._unmeasured[k] == _WINDOWS_BEFORE_WARNING:
+                name = self._committed.bounds.names[k]
+                self._warn_once(
+                    f"unmeasured {name}",
+                    f"{name!r} was not measured in the last {_WINDOWS_BEFORE_WARNING} windows: its estimate, its "
+                    "verdict and its multiplier are still those of before.",
+                )
+
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            # The first line outside of this file.
+            frame, level = sys._getframe(), 1
+            while frame.f_back is not None and frame.f_code.co_filename == __file__:
+                frame, level = frame.f_back, level + 1
+            warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def _device(measurement: Tensor | Sampled) -> torch.device:

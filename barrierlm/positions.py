@@ -28,7 +28,7 @@ class PositionBaseline:
 
     def __init__(self, num_constraints: int, smoothing: float) -> None:
         self.smoothing = smoothing
-        self._sums = torch.zeros(num_constraints, 2, NUM_POSITIONS, dtype=torch.float64)
+        self._sums = torch.zeros(num_constraints, 2, NUM_POSITIONS, dtype=torch.float64, device="cpu")
 
     def update(self, rows: Tensor) -> bool:
         """Commit a window's reduced rows [K, C]; False if it had no per-token costs."""
@@ -41,7 +41,7 @@ class PositionBaseline:
         window = rows[:, Column.POSITIONS :].reshape(-1, 2, NUM_POSITIONS)
         moved = self._sums.lerp(window, self.smoothing)
         if not all(measured):
-            moved = torch.where(torch.tensor(measured)[:, None, None], moved, self._sums)
+            moved = torch.where(torch.tensor(measured, device="cpu")[:, None, None], moved, self._sums)
         self._sums = moved
         return True
 

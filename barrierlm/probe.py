@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .distributed import rows_of_all_ranks, sum_over_ranks
 from .estimators import wide_dtype
-from .output import ObjectiveOutput
+from .output import ObjectiveOutput, parts_of
 
 #: Elements that are looked at in fp64 at a time.
 _CHUNK = 1 << 22
@@ -92,16 +92,7 @@ class GradientProbe:
                 under other multipliers than the batches before.
             FloatingPointError: A gradient with NaN or infinity; the batch is not added.
         """
-        if not isinstance(out, ObjectiveOutput):
-            raise TypeError(f"out is a {type(out).__name__}; allowed: the ObjectiveOutput of a call of the objective")
-        parts = out._parts
-        if parts is None:
-            raise ValueError(
-                "out comes from linear(), whose one pass makes both gradients at once; allowed: combine() of the same "
-                "losses and measurements"
-            )
-        if not any(part.requires_grad for part in parts):
-            raise ValueError("out has no gradient; allowed: a call with gradients on")
+        parts = parts_of(out, "combine() of the same losses and measurements")
         multipliers = [row.multiplier for row in out.bounds]
         if self.multipliers not in (None, multipliers):
             raise ValueError(
@@ -141,7 +132,7 @@ class GradientProbe:
         for batch in self._batches:
             total += batch
         total = sum_over_ranks(total, group).to(self.device)
-        rows = torch.zeros(len(self), 2, 2, 2, dtype=torch.float64)
+        rows = torch.zeros(len(self), 2, 2, 2, dtype=torch.float64, device="cpu")
         for j, batch in enumerate(self._batches):
             rows[j, 0], rows[j, 1] = _product(batch, batch), _product(total, batch)
         rows = rows_of_all_ranks(rows.view(-1, 8), group).view(-1, 2, 2, 2)

@@ -6,9 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
-import torch
-
 from .barriers import Reading, Readings
+from .estimators import vector
 from .saved import saved_count, saved_number, saved_tensor
 
 
@@ -194,9 +193,7 @@ class AdaptiveSchedule(Schedule):
 
     def state_dict(self) -> dict[str, Any]:
         columns = list(zip(*self._seen, strict=True)) or [()] * len(_Seen._fields)
-        return {"mu": self._mu} | {
-            name: torch.tensor(column, dtype=torch.float64) for name, column in zip(_Seen._fields, columns, strict=True)
-        }
+        return {"mu": self._mu} | {name: vector(column) for name, column in zip(_Seen._fields, columns, strict=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         mu = float(saved_number(state, "mu", low=5e-324))

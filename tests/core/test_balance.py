@@ -390,7 +390,7 @@ def test_mistakes():
             parts.clip_(*norms)
     hidden = torch.randn(2, 3, requires_grad=True)
     batch = PackedBatch(torch.tensor([1, 0]), torch.tensor([0, 2]), torch.tensor([0.5]), num_sampled=0)
-    with pytest.raises(ValueError, match="out is of linear"):
+    with pytest.raises(ValueError, match="out comes from linear"):
         parts.backward(BarrierObjective(None, [C]).linear(hidden, torch.eye(3), batch))
     for losses, error, message in (
         ((), ValueError, "task and constraint are None; allowed: at least one loss"),

@@ -402,7 +402,10 @@ def test_errors_of_the_probe():
         probe.add(objective.combine(exact(1.0), {"c": exact(1.0)}))
     with pytest.raises(FloatingPointError, match="gradient has NaN or infinity; it was not added"):
         probe.add(objective.combine(x * math.inf, {"c": x * 1}))
-    with torch.no_grad(), pytest.raises(ValueError, match="out has no gradient; allowed: a call with gradients on"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="out has no gradient; allowed: the output of a call with gradients on"),
+    ):
         probe.add(objective.combine(x * 1, {"c": x * 1}))
     hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
     batch = PackedBatch(torch.tensor([4, 2, 1, 7, 1]), torch.tensor([0, 3, 5]), torch.tensor([0.3, 0.0]), num_sampled=1)

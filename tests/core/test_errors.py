@@ -95,6 +95,24 @@ def test_an_overflowing_multiplier_says_so_and_changes_nothing():
     assert same(before, state_of(objective))
 
 
+@pytest.mark.parametrize(("extension", "scale"), [("exponential", 1.0), ("linear", 1e-38)])
+def test_a_multiplier_that_fp32_cannot_hold_says_so(extension, scale):
+    """7e44, and 10 per 1e-38: numbers in fp64, and infinite gradients as weights in a loss."""
+    objective = relaxed([Constraint("c", upper=scale, scale=scale)], rule=RelaxedLogBarrier(extension))
+    objective(measurements={"c": exact(2 * scale)})
+    with pytest.raises(ValueError, match="no finite multiplier"):
+        objective.step()
+
+
+def test_a_violation_that_is_no_number_says_so_and_changes_nothing():
+    objective = BarrierObjective(None, [Constraint("c", upper=0.0, scale=1e-308)])
+    before = state_of(objective)
+    objective(measurements={"c": torch.tensor([10.0, 12.0], dtype=torch.float64, requires_grad=True)})
+    with pytest.raises(ValueError, match=r"'c': estimate 11 is too many scales of 1e-308 .*allowed: a larger scale"):
+        objective.step()
+    assert same(before, state_of(objective))
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
@@ -108,6 +126,7 @@ def test_an_overflowing_multiplier_says_so_and_changes_nothing():
         (lambda: Constraint("c", upper=1, scale=-1), ValueError, "scale=-1.0; allowed: scale > 0"),
         (lambda: Constraint("", upper=1), ValueError, "name=''; allowed: a non-empty string"),
         (lambda: relaxed([C, C]), ValueError, "duplicate name 'c'"),
+        (lambda: relaxed(C), TypeError, "constraints is a Constraint; allowed: a list of Constraint objects"),
         (lambda: relaxed([]), ValueError, "constraints is empty; allowed: at least one Constraint"),
         (lambda: relaxed(["c"]), TypeError, "constraints holds a str; allowed: Constraint objects"),
         (lambda: BarrierObjective(3, [C]), TypeError, "loss_fn is a int; allowed: a callable or None"),

@@ -128,6 +128,17 @@ def test_exact_values_that_differ_within_a_window_are_samples():
     assert objective.metrics()["constraints/c/stderr"] == pytest.approx(5.0)
 
 
+@pytest.mark.parametrize("spread", [1e-9, 1e-7, 1e-4])
+def test_round_off_is_no_scale(spread):
+    """A KL before the first step, where both passes are the same but for their rounding."""
+    objective = run([[0.0, spread, 2 * spread, spread]], EMA(), constraint=Constraint("c", upper=0.1))
+    assert objective.report()[0].scale == pytest.approx(0.1, rel=1e-2)
+    alike = run([[0.300, 0.301]], EMA(), constraint=Constraint("c", upper=0.2))  # two samples, by chance
+    assert alike.report()[0].scale == pytest.approx(0.1005)
+    apart = run([[0.29, 0.31]], EMA(), constraint=Constraint("c", upper=0.2))
+    assert apart.report()[0].scale == pytest.approx(0.02 / math.sqrt(2))
+
+
 def test_default_scales():
     samples = [1.0, 2.0, 4.0, 9.0]
     cases = [

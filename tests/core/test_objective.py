@@ -1,19 +1,29 @@
 """What a call returns, and what the report and the metrics say."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
 from barrierlm import (
     EMA,
+    AdaptiveBarrier,
+    AugmentedLagrangian,
     BarrierObjective,
     ConstantSchedule,
     Constraint,
+    DualAscent,
     ExponentialSchedule,
+    GradientProbe,
+    ModifiedBarrier,
     RelaxedLogBarrier,
     Sampled,
+    SplitGradients,
 )
 
 from . import oracle
@@ -169,3 +179,85 @@ def test_metrics_and_report():
     assert text.splitlines()[0].split() == ["constraint", "bound", "estimate", "+-", "slack", "multiplier", "verdict"]
     assert "violated" in text
     assert len(text.splitlines()) == 4
+
+
+@pytest.mark.parametrize("rule", [AdaptiveBarrier, ModifiedBarrier, DualAscent, AugmentedLagrangian])
+def test_what_is_committed_is_on_the_cpu_whatever_the_default_device(rule):
+    cpu = torch.device("cpu")
+    with torch.device("meta"):  # stands for an accelerator: nothing that is made on it can be read
+        limits = [Constraint("c", upper=0.0), Constraint("t", upper=1.0), Constraint("bad", upper=0.0)]
+        objective = BarrierObjective(None, limits, rule=rule(), nonfinite="skip")
+        for _ in range(3):
+            x = torch.ones(4, device=cpu, requires_grad=True)
+            tokens = Sampled.per_token(torch.ones(4, device=cpu), x * 1, torch.tensor([0, 2, 4], device=cpu))
+            objective.combine(x.sum(), {"c": x * 1, "t": tokens, "bad": x * torch.nan}).loss.backward()
+            objective.step()
+        objective.load_state_dict(objective.state_dict())
+        assert objective.report()[0].multiplier > 0
+
+
+def test_a_constraint_that_is_measured_no_more_is_told_of():
+    objective = relaxed([Constraint("c", upper=1.0), Constraint("gone", upper=1.0)])
+    objective.combine(None, {"c": exact(0.5), "gone": exact(0.5)})
+    objective.step()
+    for _ in range(99):
+        objective.combine(None, {"c": exact(0.5)})
+        objective.step()
+    objective.combine(None, {"c": exact(0.5)})
+    with pytest.warns(RuntimeWarning, match="'gone' was not measured in the last 100 windows") as told:
+        objective.step()
+    assert told[0].filename == __file__
+    assert objective.report()[1].verdict == "met"
+
+
+class _Wrapped(torch.nn.Module):
+    """A model that calls the objective within its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 1)
+        self.objective = BarrierObjective(None, [Constraint("d", upper=0.0)])
+
+    def forward(self, x):
+        y = self.linear(x)[:, 0]
+        return self.objective.combine((y**2).mean(), {"d": y})
+
+
+def _accelerated(model):
+    return Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+
+
+def _distributed(model):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*find_unused_parameters")
+@pytest.mark.parametrize("wrap", [_accelerated, _distributed])
+def test_an_output_that_a_wrapper_puts_together_again_still_knows_the_metrics(wrap):
+    model = _Wrapped()
+    try:
+        wrapped = wrap(model)
+        out = wrapped(torch.randn(4, 3))
+        out.loss.backward()
+        model.objective.step()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert {k: v for k, v in out.metrics().items() if k[:4] != "loss"} == pytest.approx(
+        model.objective.metrics(), nan_ok=True
+    )
+    assert out.metrics()["constraints/d/value"] == pytest.approx(model.objective.report()[0].estimate)
+    for use in (GradientProbe(model.parameters()).add, SplitGradients(model.parameters()).backward):
+        with pytest.raises(ValueError, match="out was taken apart and put together again"):
+            use(out)
+
+
+def test_a_report_reads_like_a_tuple():
+    report = relaxed([Constraint("c", lower=0.0, upper=1.0)]).report()
+    low, high = report
+    assert (len(report), report[0], report[-1], report[:1]) == (2, low, high, (low,))
+    assert report == (low, high)
+    assert report == copy.deepcopy(report)
+    assert hash(report) == hash((low, high))
+    assert repr(low) in repr(report)

@@ -135,6 +135,27 @@ def test_without_counts_micro_batches_are_equal():
     assert gradients[1].tolist() == pytest.approx((whole * torch.tensor([1.5] * 2 + [0.75] * 4)).tolist())
 
 
+@pytest.mark.parametrize("parts", range(2, 9))
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_an_exact_value_is_exact_however_often_it_is_measured(parts, scale):
+    """Sums of three equal numbers round where those of two do not; a bound that is taken for sampled learns slowly."""
+    runs = []
+    for calls in (1, parts):
+        x = torch.tensor(3.0, dtype=F64, requires_grad=True)
+        objective = BarrierObjective(None, [Constraint("c", upper=0.1 * scale, scale=scale)])
+        for _ in range(200):
+            for _ in range(calls):
+                (objective.combine((x - 2) ** 2, {"c": x * scale}).loss / calls).backward()
+            with torch.no_grad():
+                x -= 0.02 * x.grad
+            x.grad = None
+            objective.step()
+            assert objective.report()[0].stderr == 0
+        runs.append((x.item(), objective.report()[0].multiplier))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-9)
+    assert runs[0][1] > 1
+
+
 # ---- real processes
 
 SPLITS = {
