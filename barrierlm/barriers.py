@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .estimators import vector
-from .saved import saved_tensor
+from .saved import saved_tensor, vector
 
 
 class Reading(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .barriers import Readings, Rule
-from .estimators import vector
+from .saved import vector
 
 
 class DualAscent(Rule):

@@ -13,9 +13,9 @@ from torch import Tensor
 from .barriers import Force, Reading, Readings, Rule
 from .constraints import Bounds
 from .diagnostics import BoundState, FeasibilityWatch, Report, verdict, verdict_tolerance
-from .estimators import EMA, Column, Scales, vector, wide_dtype
+from .estimators import EMA, Column, Scales, wide_dtype
 from .positions import PositionBaseline
-from .saved import saved_count, saved_tensor
+from .saved import saved_count, saved_tensor, vector
 from .schedules import Schedule
 
 #: Of the states that are saved; 5 has ``met`` and ``mean`` of bounds that are not learned yet.

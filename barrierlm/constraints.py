@@ -8,12 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-import torch
-from torch import Tensor
-
-
-def _cpu(numbers: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.tensor(numbers, dtype=dtype, device="cpu")  # whatever the default device is
+from .saved import vector
 
 
 def _finite(name: str, argument: str, value: Any) -> float:
@@ -108,10 +103,10 @@ class Bounds:
         self.sides = tuple((k, side) for k, c in enumerate(self.constraints) for side in c.sides)
         #: Of each constraint; infinite with one bound.
         self.widths = [math.inf if c.lower is None or c.upper is None else c.upper - c.lower for c in self.constraints]
-        self.index = _cpu([k for k, _ in self.sides], torch.long)
-        self.sign = _cpu([1.0 if s == "upper" else -1.0 for _, s in self.sides])
+        self.index = vector([k for k, _ in self.sides]).long()
+        self.sign = vector([1.0 if s == "upper" else -1.0 for _, s in self.sides])
         self.values = tuple(getattr(self.constraints[k], s) for k, s in self.sides)
-        self.value = _cpu(self.values)
+        self.value = vector(self.values)
         self.labels = tuple(f"{names[k]} ({side})" for k, side in self.sides)
 
     def __len__(self) -> int:

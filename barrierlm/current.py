@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .committed import Committed
-from .estimators import Column, vector
+from .estimators import Column
 from .sampling import Measured
+from .saved import vector
 
 
 def barrier_terms(committed: Committed, measured: dict[int, Measured]) -> tuple[list[Tensor], Tensor]:

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .estimators import vector
-from .saved import saved_count, saved_number, saved_tensor
+from .saved import saved_count, saved_number, saved_tensor, vector
 
 
 class BoundState(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .constraints import Bounds
-from .saved import saved_tensor
+from .saved import saved_tensor, vector
 
 #: Position buckets of per-token costs: exact below 64, then eight per octave up to 16,384.
 NUM_POSITIONS = 128
@@ -47,14 +47,6 @@ NUM_COLUMNS = Column.POSITIONS + 2 * NUM_POSITIONS
 def wide_dtype(device: torch.device) -> torch.dtype:
     """fp64, or fp32 on the one kind of device that has no fp64 (MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def vector(numbers: Any) -> Tensor:
-    """A number, or (nested) list of them, in fp64 on the CPU; what a later call differentiates with, in any mode."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return vector(numbers)
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
 def neighbours(index: tuple[int, ...]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .barriers import Force, Reading, Readings, RelaxedLogBarrier, Rule, relaxed_force
-from .estimators import vector
+from .saved import vector
 
 #: Where the modified barrier's log is continued by a parabola, as a share of mu.
 _BETA = 0.5

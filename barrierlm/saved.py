@@ -1,4 +1,4 @@
-"""What a saved state must be like to be loaded, found before anything changes."""
+"""Numbers of the state as tensors, and what a saved state must be like to be loaded, found before anything changes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def vector(numbers: Any) -> Tensor:
+    """A number, or (nested) list of them, in fp64 on the CPU; what a later call differentiates with, in any mode."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return vector(numbers)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
 def saved_tensor(

@@ -7,8 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 from .barriers import Reading, Readings
-from .estimators import vector
-from .saved import saved_count, saved_number, saved_tensor
+from .saved import saved_count, saved_number, saved_tensor, vector
 
 
 def _positive(argument: str, value: float) -> float:

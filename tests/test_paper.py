@@ -898,6 +898,22 @@ def test_the_interval_of_a_difference_is_over_pairs():
     assert difference(older, row(own)) == (-above, None)
 
 
+def test_shares_are_compared_on_the_problems_that_all_methods_ran():
+    def row(problem, method, share, status="ok"):
+        task = json.loads(json.dumps(dataclasses.asdict(Task(problem, method, 0, 44, SOURCES))))
+        return fake() | {"task": task, "status": status, "training": {"infeasible_share": share}}
+
+    together = Problem(TOGETHER, (Bound("short", "length", upper=8.0),))
+    rows = [row(WINDOW, DEFAULT, 0.2), row(WINDOW, MM, 0.5)]
+    rows += [row(window(8, 12), MM, 0.9), row(window(8, 12), DEFAULT, 0.0, "failed")]
+    rows += [row(together, DEFAULT, 1.0), row(together, MM, 1.0)]
+    assert "L3M plain not run, MM 50%, default 20%" in report.claims_table(rows)
+    rows += [row(window(8, 12), DEFAULT, 0.4)]
+    assert "MM 70%, default 30%" in report.claims_table(rows)
+    rows += [row(window(24, 32), L3M, 0.1)]
+    assert "L3M plain on no problem of the others" in report.claims_table(rows)
+
+
 def test_at_a_glance_every_problem_stands_once(done):
     """By the result with most steps, the newest of these; what ran with other options is another method."""
     document = result_of(done)

@@ -108,8 +108,8 @@ class Checkpoints:
         """
         if self._on_main(self._steps):
             raise ConfigError(
-                f"{self.folder} holds checkpoints of an earlier run; allowed: resume=true to continue it, or another "
-                "output_dir"
+                f"{self.folder} holds checkpoints of an earlier run; allowed: resume=true (--resume) to continue it, "
+                "or another output_dir"
             )
 
     def load(self) -> int:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -25,6 +25,22 @@ BUILTIN_COSTS = ("length", "sentiment", "profanity", "kl")
 
 class ConfigError(ValueError):
     """An option that is unknown, of the wrong type or outside its range."""
+
+
+@contextmanager
+def loading(option: str, allowed: str) -> Iterator[None]:
+    """Around what loads something by a name that the user gave: that it cannot is told in a line.
+
+    Raises:
+        ConfigError: It cannot; names ``option``, and says what is ``allowed``.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ConfigError(f"{option} cannot be loaded ({first}); allowed: {allowed}") from error
 
 
 def config_path(name: str) -> Path:
@@ -189,7 +205,7 @@ def _check_types(given: DictConfig, schema: Any) -> None:
         key = error.full_key or "config"
         value = OmegaConf.select(given, key, throw_on_resolution_failure=False) if error.full_key else None
         first = str(error.msg or error).splitlines()[0]
-        raise ConfigError(f"{key}={value!r}: {first}; allowed: see the option table") from None
+        raise ConfigError(f"{key}={value!r}: {first}; allowed: see `barrierlm options`") from None
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:

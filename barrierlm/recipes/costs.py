@@ -20,7 +20,7 @@ from barrierlm import Sampled
 from barrierlm.integrations.costs import CostFunction, accepted, brief, checked_costs
 
 from .attempts import Attempts, CostError
-from .config import ConfigError
+from .config import ConfigError, loading
 from .extras import missing_extra
 from .model import Policy, Sequences, lay_out
 from .options import ConstraintOptions, CostOptions
@@ -146,13 +146,14 @@ def reward_model_cost(name: str, *, device: torch.device | str = "cpu") -> CostF
         device: Where it runs.
 
     Raises:
-        ConfigError: Several labels and none named, or an unknown one.
+        ConfigError: No such model; several labels and none named, or an unknown one.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     source, _, label = name.partition("#")
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForSequenceClassification.from_pretrained(source).to(device).eval()
+    with loading(f"reward_model:{source}", "a sequence classifier's folder, or its name on the Hub"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForSequenceClassification.from_pretrained(source).to(device).eval()
     labels = {str(text): int(index) for index, text in model.config.id2label.items()}
     if (label and label not in labels) or (not label and len(labels) > 1):
         raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .config import ConfigError
+from .config import ConfigError, loading
 from .extras import missing_extra
 from .options import DataOptions
 
@@ -93,7 +93,8 @@ def _dataset(options: DataOptions) -> Any:
     if Path(options.source).is_dir() and any((Path(options.source) / f).exists() for f in _SAVED_DATASET):
         loaded = datasets.load_from_disk(options.source)
         return loaded[options.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-    return datasets.load_dataset(options.source, split=options.split)
+    with loading(f"data.source={options.source!r}", "dialogues, a .jsonl file, or a dataset's folder or name"):
+        return datasets.load_dataset(options.source, split=options.split)
 
 
 _SAVED_DATASET = ("dataset_info.json", "dataset_dict.json", "state.json")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from barrierlm.files import storage_errors
 from barrierlm.integrations.models import in_evaluation
 
-from .config import ConfigError
+from .config import ConfigError, loading
 from .extras import missing_extra
 from .options import ModelOptions
 
@@ -259,7 +259,7 @@ def load_policy(options: ModelOptions, *, seed: int = 0) -> tuple[Policy, PreTra
 
     Raises:
         ModuleNotFoundError: The packaged model, or peft, is not installed.
-        OSError: No such model.
+        ConfigError: No such model.
         ValueError: The model's log-probabilities cannot be computed here; see `Policy.check`.
     """
     dtype = getattr(torch, precision(options.dtype, torch.device("cpu")))
@@ -268,11 +268,12 @@ def load_policy(options: ModelOptions, *, seed: int = 0) -> tuple[Policy, PreTra
     extra: dict[str, Any] = {}
     if options.name == PACKAGED:
         source, extra["gguf_file"] = _packaged_model()
-    tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-    if extra and hasattr(transformers, "GgufConfig"):
-        # Without it newer versions keep the weights in GGUF blocks, which neither train nor save.
-        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    lm = AutoModelForCausalLM.from_pretrained(source, dtype=weights, **extra)
+    with loading(f"model.name={options.name!r}", f"{PACKAGED}, a model's folder, or a name on the Hub"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        if extra and hasattr(transformers, "GgufConfig"):
+            # Without it newer versions keep the weights in GGUF blocks, which neither train nor save.
+            extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        lm = AutoModelForCausalLM.from_pretrained(source, dtype=weights, **extra)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     lm.generation_config = GenerationConfig(

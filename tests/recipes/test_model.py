@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from barrierlm.recipes.config import ConfigError
+from barrierlm.recipes.costs import reward_model_cost
+from barrierlm.recipes.data import load_pairs
 from barrierlm.recipes.model import Policy, lay_out, load_policy, precision
-from barrierlm.recipes.options import ModelOptions
+from barrierlm.recipes.options import DataOptions, ModelOptions
 
 PROMPTS = [[2, 7, 8, 3], [2, 9, 3], [2, 10, 11, 12, 13, 3], [2, 3]]
 RESPONSES = [[14, 15, 1], [16, 1], [17, 18, 19, 20, 21, 1], [22]]
@@ -31,6 +33,27 @@ def test_packed_log_probabilities_equal_those_of_single_sequences(policy_and_tok
     assert sequences.cu_seqlens.tolist() == [0, 3, 5, 11, 12]
     assert sequences.targets.tolist() == [token for response in RESPONSES for token in response]
     torch.testing.assert_close(policy(sequences), one_by_one(policy.lm, PROMPTS, RESPONSES))
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (
+            lambda empty: load_policy(ModelOptions(name="nobody/nothing")),
+            "model.name='nobody/nothing' cannot be loaded",
+        ),
+        (lambda empty: load_policy(ModelOptions(name=empty)), "model.name='.*' cannot be loaded"),
+        (
+            lambda empty: load_pairs(DataOptions(source="nobody/nothing")),
+            "data.source='nobody/nothing' cannot be loaded",
+        ),
+        (lambda empty: reward_model_cost("nobody/nothing"), "reward_model:nobody/nothing cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_in_a_line(load, message, tmp_path):
+    with pytest.raises(ConfigError, match=message + ".*; allowed: ") as error:
+        load(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_a_layout_without_sequences():
