@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -242,6 +243,7 @@ def test_an_output_that_a_wrapper_puts_together_again_still_knows_the_metrics(wr
         out.loss.backward()
         model.objective.step()
     finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
         if dist.is_initialized():
             dist.destroy_process_group()
     assert {k: v for k, v in out.metrics().items() if k[:4] != "loss"} == pytest.approx(
