@@ -35,11 +35,23 @@ class Report:
 
     It is none, because DDP and Accelerate take tuples that a model returns apart and put copies of their parts together
     again: an `ObjectiveOutput` has four fields afterwards and nothing else, and finds its objective by this one.
+
+    Args:
+        rows: One `BoundState` per bound.
+        metrics: Gives the numbers of `BarrierObjective.metrics`, as they are when it is called.
+
+    Raises nothing.
+
+    Example:
+        >>> report = BarrierObjective(None, [Constraint("length", lower=5, upper=9)]).report()
+        >>> len(report), report[0].verdict
+        (2, 'unknown')
+        >>> [row.bound for row in report]
+        [5.0, 9.0]
     """
 
     def __init__(self, rows: Iterable[BoundState] = (), metrics: Callable[[], dict[str, float]] = dict) -> None:
         self._rows = tuple(rows)
-        #: All the objective's numbers, as they are when it is called.
         self._metrics = metrics
 
     def __len__(self) -> int:
