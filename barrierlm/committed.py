@@ -302,7 +302,7 @@ class Committed:
                     verdict(self._z[i], self._near[i], others),
                 )
             )
-        return Report(rows, self.metrics)
+        return Report(rows)
 
     @contextmanager
     def _undo_on_error(self) -> Iterator[None]:

@@ -32,8 +32,8 @@ class Constraint:
         upper: Largest allowed average, same unit.
         scale: Positive number that one unit of violation stands for, same unit. Default: the width of a
             two-sided window; otherwise the standard deviation of the first window's samples, frozen then
-            (where that is less than a hundredth of their distance from the bound, this distance; where both are
-            0, 1); 1 for exact (0-d) measurements.
+            (where they are equal, or differ by round-off beside their distance from the bound, this distance, or 1);
+            1 for exact (0-d) measurements.
 
     Raises:
         ValueError: No bound, ``lower >= upper``, a bound that is not finite, or ``scale <= 0``.

@@ -30,7 +30,7 @@ class BoundState(NamedTuple):
     verdict: str
 
 
-class Report:
+class Report(Sequence[BoundState]):
     """The rows of `BarrierObjective.report`, one per bound, to be read like a tuple; prints as a table.
 
     It is none, because DDP and Accelerate take tuples that a model returns apart and put copies of their parts together
@@ -51,7 +51,7 @@ class Report:
     """
 
     def __init__(self, rows: Iterable[BoundState] = (), metrics: Callable[[], dict[str, float]] = dict) -> None:
-        self._rows = tuple(rows)
+        self._rows: tuple[BoundState, ...] = tuple(rows)
         self._metrics = metrics
 
     def __len__(self) -> int:
@@ -68,6 +68,9 @@ class Report:
 
     def __hash__(self) -> int:
         return hash(self._rows)
+
+    def __reduce__(self) -> tuple[type[Report], tuple[tuple[BoundState, ...]]]:
+        return Report, (self._rows,)  # saved for its rows, not for all that its numbers come from
 
     def __repr__(self) -> str:
         return f"Report({list(self._rows)})"

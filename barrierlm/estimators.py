@@ -283,20 +283,22 @@ class BatchMean(EMA):
         super().__init__(1.0)
 
 
-#: Of the distance from the bound: samples that are spread less than this are no unit to count it in.
-_NARROW = 0.01
+#: Of their distance from the bound: samples within it, and samples outside, that are spread less differ by round-off.
+#: What starts at 0 has more of it beside its bound: a KL in bf16.
+_ROUND_OFF_WITHIN, _ROUND_OFF = 1e-3, 1e-6
 
 
 class Scales:
     """What one unit of violation stands for, per constraint [K]; NaN until it is known, then frozen.
 
     Where the definition does not tell, it is 1 for exact values and else the standard deviation of the
-    first two or more samples. If that is less than a hundredth of their distance from the bound, it is this distance:
-    samples that are all the same, or differ by round-off (a KL before the first step) or by little, say nothing.
+    first two or more samples. If these are all the same, or differ by round-off (a KL before the first step), it is
+    their distance from the bound.
     """
 
     def __init__(self, bounds: Bounds, origin: Tensor) -> None:
         self._origin = origin.tolist()
+        self._upper = [c.lower is None for c in bounds.constraints]
         self.value = [c.known_scale() for c in bounds.constraints]
         self._sums = [(0.0, 0.0, 0.0)] * len(self.value)
 
@@ -323,9 +325,11 @@ class Scales:
             return 1.0, sums
         if count < 2:
             return value, sums
-        distance = abs(total / count)
+        offset = total / count
+        distance, within = abs(offset), (offset < 0) == self._upper[k]
         std = math.sqrt(max(squares - total * total / count, 0.0) / (count - 1))
-        return (std if std > _NARROW * distance else distance or 1.0), sums
+        least = (_ROUND_OFF_WITHIN if within else _ROUND_OFF) * distance
+        return (std if std > least else distance or 1.0), sums
 
     def state_dict(self) -> dict[str, Any]:
         """A deep copy of the state: tensors only."""

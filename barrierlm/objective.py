@@ -430,6 +430,7 @@ class BarrierObjective:
         sums = numbers(rows)
         self._check_sums(sums)
         self._committed.commit(rows, sums, tick=False)
+        self._unmeasured = [0] * len(self.constraints)
 
     def discard_window(self) -> None:
         """Forget the unfinished window, as after running out of memory or a skipped fp16 step."""
@@ -491,6 +492,7 @@ class BarrierObjective:
         """
         self._committed.load_state_dict(state)
         self._window.clear()
+        self._unmeasured = [0] * len(self.constraints)
 
     # ---- inside ----------------------------------------------------------------------------------------
 
@@ -537,7 +539,8 @@ class BarrierObjective:
             share = self._committed.view(loss.device).normalizer.to(loss.dtype)
             loss, constraint_loss = loss * share, constraint_loss * share
         total = loss + constraint_loss
-        out = ObjectiveOutput(total, task_loss.detach(), penalty.to(loss.device), self._committed.report)
+        bounds = Report(self._committed.report, self._committed.metrics)
+        out = ObjectiveOutput(total, task_loss.detach(), penalty.to(loss.device), bounds)
         out._parts, out._share = (loss, constraint_loss) if separable else None, share
         return out
 
@@ -618,8 +621,8 @@ class BarrierObjective:
                 name = self._committed.bounds.names[k]
                 self._warn_once(
                     f"unmeasured {name}",
-                    f"{name!r} was not measured in the last {_WINDOWS_BEFORE_WARNING} windows: its estimate, its "
-                    "verdict and its multiplier are still those of before.",
+                    f"{name!r} was not measured in the last {_WINDOWS_BEFORE_WARNING} windows: its estimate and its "
+                    "verdict are still those of before.",
                 )
 
     def _warn_once(self, key: str, message: str) -> None:

@@ -910,6 +910,8 @@ def test_shares_are_compared_on_the_problems_that_all_methods_ran():
     assert "L3M plain not run, MM 50%, default 20%" in report.claims_table(rows)
     rows += [row(window(8, 12), DEFAULT, 0.4)]
     assert "MM 70%, default 30%" in report.claims_table(rows)
+    rows += [row(WINDOW, MM, 0.5)] * 2  # seeds count within their problem
+    assert "MM 70%, default 30%" in report.claims_table(rows)
     rows += [row(window(24, 32), L3M, 0.1)]
     assert "L3M plain on no problem of the others" in report.claims_table(rows)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .costs import brief
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -46,6 +49,20 @@ class ConstrainsLoss(_Base):
         if own is not None:
             return bool(own)
         return bool((self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func)
+
+
+def sample_count(argument: str, given: Any) -> int:
+    """The number of samples that a function of the user's, named ``argument``, has returned.
+
+    Raises:
+        TypeError, ValueError: It is none.
+    """
+    if not isinstance(given, Real) and not (isinstance(given, Tensor) and given.numel() == 1):
+        raise TypeError(f"{argument} returned {brief(given)}; allowed: a whole number >= 0")
+    number = float(given)
+    if not (number >= 0 and number.is_integer()):
+        raise ValueError(f"{argument} returned {brief(given)}; allowed: a whole number >= 0")
+    return int(number)
 
 
 class _CollateColumns:

@@ -44,10 +44,12 @@ class BarrierCallback(Callback):
         self.objective = objective
         self._steps = 0
         self._scale: float | None = None
+        self._skipped = True  # nothing of the window has been returned yet
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Where the run stands: 0, or what a checkpoint says."""
         self._steps = trainer.global_step
+        self._skipped = True
         self.objective.discard_window()  # of a run that was interrupted
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -56,6 +58,7 @@ class BarrierCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Commits the window if the optimizer has stepped since the last one."""
+        self._skipped = self._skipped and not outputs
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
@@ -63,8 +66,10 @@ class BarrierCallback(Callback):
         if scale is not None and self._scale is not None and scale < self._scale:
             self.objective.discard_window()
             return
-        # Where training_step returned None for all of the step, Lightning skips it, and counts it.
-        if not self.objective._window.calls:
+        skipped, self._skipped = self._skipped, True
+        # A step whose every training_step returned None, which Lightning allows in one process, and counts.
+        if skipped and pl_module.automatic_optimization and trainer.world_size == 1:
+            self.objective.discard_window()
             return
         self.objective.step()
         pl_module.log_dict(self.objective.metrics())

@@ -79,8 +79,10 @@ def entropy(logits: Tensor, labels: Tensor) -> Tensor:
         tensor([1.3863])
     """
     logits, _, counts = _aligned(logits, labels)
-    log_p = logits.float().log_softmax(-1)
-    return -_row_mean(_expected(log_p, log_p), counts)
+    logits = logits.float()
+    # A finite log p where p is 0; its mask is all that this keeps for the backward pass.
+    log_p = logits.masked_fill(logits == -torch.inf, torch.finfo(torch.float32).min).log_softmax(-1)
+    return _row_mean(-(log_p.exp() * log_p).sum(-1), counts)
 
 
 def kl(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
@@ -114,7 +116,8 @@ def kl(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError("ref_logits requires grad; allowed: logits computed under torch.no_grad()")
     ref_logits, _, counts = _aligned(ref_logits, labels)
     log_p, log_ref = logits[:, :-1].float().log_softmax(-1), ref_logits.float().log_softmax(-1)
-    return _row_mean(_expected(log_p, log_p - log_ref), counts)
+    ratio = (log_p - log_ref).masked_fill(log_p == -torch.inf, 0.0)  # where p is 0, whatever the reference
+    return _row_mean((log_p.exp() * ratio).sum(-1), counts)
 
 
 def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,11 +128,6 @@ def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         )
     targets = labels[:, 1:]
     return logits[:, :-1], targets, targets != IGNORED
-
-
-def _expected(log_p: Tensor, values: Tensor) -> Tensor:
-    """sum_v p_v values_v [B, T-1]; 0 where p_v is 0 (a logit of -inf), whatever the value."""
-    return (log_p.exp() * values.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
 
 
 def _row_mean(values: Tensor, counts: Tensor) -> Tensor:

@@ -34,13 +34,15 @@ def unwrapped(model: Any) -> Any:
 def in_evaluation(model: Any) -> Iterator[Any]:
     """The unwrapped model in evaluation mode; afterwards each of its modules is in the mode that it was in."""
     inner = unwrapped(model)
-    training = [module for module in inner.modules() if module.training]
+    modes = [(module, module.training) for module in inner.modules()]
     inner.eval()
     try:
         yield inner
     finally:
-        for module in training:
-            module.training = True
+        # By `train`, which modules override to undo what their `eval` did; parents first, since it is for all below.
+        for module, training in modes:
+            if module.training != training:
+                module.train(training)
 
 
 def reference_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -76,11 +78,11 @@ def reference_logits(model: Any, inputs: Mapping[str, Any]) -> Tensor:
             f"model is a {type(unwrapped(model)).__name__}; allowed: a PeftModel, whose adapter can be off"
         )
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
-    frozen = [p for p in unwrapped(model).parameters() if not p.requires_grad]
+    before = [(p, p.requires_grad) for p in unwrapped(model).parameters()]
     try:
         with in_evaluation(model) as inner, torch.no_grad(), inner.disable_adapter():
             logits: Tensor = inner(**given).logits
     finally:
-        for p in frozen:  # PEFT makes all of an adapter trainable that it switches on
-            p.requires_grad_(False)
+        for p, trained in before:  # PEFT makes all of the adapter trainable that it switches on, and freezes others
+            p.requires_grad_(trained)
     return logits

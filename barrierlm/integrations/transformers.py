@@ -12,7 +12,7 @@ from barrierlm import BarrierObjective, Sampled
 from barrierlm.distributed import sum_over_ranks
 
 from .checkpoint import SavesObjective
-from .hooks import ConstrainsLoss
+from .hooks import ConstrainsLoss, sample_count
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -94,13 +94,14 @@ class BarrierMixin(ConstrainsLoss, SavesObjective, _Base):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         rows = [_rows(batch) for batch in batches]
         given = [self._announced(batch) for batch in batches]
-        names = list(given[0]) if given else []
+        names = list(self._one_per_row)  # the same on all ranks, whatever each announces
         counts = [float(all(n is not None for n in rows)), float(sum(n or 0 for n in rows))]
-        counts += [float(sum(batch[name] for batch in given)) for name in names]
-        ranks = self.args.world_size
-        known, total, *own = sum_over_ranks(torch.tensor(counts, dtype=torch.float64), self.objective.process_group)
-        self._rows_in_window = int(total) if int(known) == ranks else None
-        self._window_counts = {name: int(n) for name, n in zip(names, own, strict=True)}
+        counts += [float(sum(batch.get(name, 0) for batch in given)) for name in names]
+        counts += [float(any(name in batch for batch in given)) for name in names]
+        total = sum_over_ranks(torch.tensor(counts, dtype=torch.float64), self.objective.process_group).tolist()
+        known, of_rows, numbers, announced = total[0], total[1], total[2 : 2 + len(names)], total[2 + len(names) :]
+        self._rows_in_window = int(of_rows) if int(known) == self.args.world_size else None
+        self._window_counts = {name: int(n) for name, n, any_ in zip(names, numbers, announced, strict=True) if any_}
         return batches, num_items
 
     def _announced(self, batch: Mapping[str, Any]) -> dict[str, int]:
@@ -113,7 +114,7 @@ class BarrierMixin(ConstrainsLoss, SavesObjective, _Base):
         unknown = [name for name in given if name not in names]
         if unknown:
             raise ValueError(f"num_samples returned a number for {unknown[0]!r}; allowed: constraints, {names}")
-        return dict(given)
+        return {name: sample_count(f"num_samples, for {name!r},", n) for name, n in given.items()}
 
     # ---- the loss --------------------------------------------------------------------------------------
 
@@ -201,8 +202,8 @@ class BarrierTrainer(BarrierMixin, Trainer):
             the others (numbers to tensors [B], equal shapes stacked, the rest as lists) and never shown to the model.
         num_samples: ``(batch) -> {name: number of samples}`` that a micro-batch will give, for constraints that are not
             measured once per row. Makes their means exact when micro-batches differ; without it they count equally. A
-            constraint that only some of a step's micro-batches measure needs it (0 where it is left out, 1 for an exact
-            value): what is not announced pulls the gradient to 0.
+            constraint that only some of a step's micro-batches measure needs it (1 for an exact value, 0 or nothing
+            where it is left out): what is not announced pulls the gradient to 0.
 
     Raises:
         TypeError: An argument of the wrong kind; what ``measure`` or ``num_samples`` returned.

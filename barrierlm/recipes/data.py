@@ -90,11 +90,15 @@ def _dataset(options: DataOptions) -> Any:
         import datasets
     except ModuleNotFoundError:
         raise missing_extra(f"data.source={options.source!r}", "datasets") from None
-    if Path(options.source).is_dir() and any((Path(options.source) / f).exists() for f in _SAVED_DATASET):
-        loaded = datasets.load_from_disk(options.source)
-        return loaded[options.split] if isinstance(loaded, datasets.DatasetDict) else loaded
     with loading(f"data.source={options.source!r}", "dialogues, a .jsonl file, or a dataset's folder or name"):
-        return datasets.load_dataset(options.source, split=options.split)
+        if not any((Path(options.source) / f).exists() for f in _SAVED_DATASET):
+            return datasets.load_dataset(options.source, split=options.split)
+        loaded = datasets.load_from_disk(options.source)
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if options.split not in loaded:
+        raise ConfigError(f"data.split={options.split!r}; allowed: those of {options.source}, {', '.join(loaded)}")
+    return loaded[options.split]
 
 
 _SAVED_DATASET = ("dataset_info.json", "dataset_dict.json", "state.json")

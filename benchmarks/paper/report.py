@@ -204,7 +204,7 @@ def claims_table(rows: list[Row]) -> str:
     def shares(method: str) -> str:
         if method not in ran:
             return f"{method} not run"
-        found = [share for of in common for share in of[method]]
+        found = [sum(of[method]) / len(of[method]) for of in common]
         return f"{method} {sum(found) / len(found):.0%}" if found else f"{method} on no problem of the others"
 
     ratios = [line[2] for line in search_lines(rows)]

@@ -128,15 +128,24 @@ def test_exact_values_that_differ_within_a_window_are_samples():
     assert objective.metrics()["constraints/c/stderr"] == pytest.approx(5.0)
 
 
-@pytest.mark.parametrize("spread", [1e-9, 1e-7, 1e-4])
+@pytest.mark.parametrize("spread", [1e-9, 1e-7, 6e-5])
 def test_round_off_is_no_scale(spread):
     """A KL before the first step, where both passes are the same but for their rounding."""
     objective = run([[0.0, spread, 2 * spread, spread]], EMA(), constraint=Constraint("c", upper=0.1))
     assert objective.report()[0].scale == pytest.approx(0.1, rel=1e-2)
-    alike = run([[0.300, 0.301]], EMA(), constraint=Constraint("c", upper=0.2))  # two samples, by chance
-    assert alike.report()[0].scale == pytest.approx(0.1005)
-    apart = run([[0.29, 0.31]], EMA(), constraint=Constraint("c", upper=0.2))
-    assert apart.report()[0].scale == pytest.approx(0.02 / math.sqrt(2))
+    below = run([[0.0, -spread, -2 * spread, -spread]], EMA(), constraint=Constraint("c", lower=-0.1))
+    assert below.report()[0].scale == pytest.approx(0.1, rel=1e-2)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_far_start_has_its_own_scale(sign):
+    samples = [3.0, 5.0, 4.0, 6.0]
+    bound = {"upper": 0.0} if sign > 0 else {"lower": 0.0}
+    for distance in (1e2, 1e4):
+        outside = run([[sign * (distance + x) for x in samples]], EMA(), constraint=Constraint("c", **bound))
+        assert outside.report()[0].scale == pytest.approx(np.std(samples, ddof=1), rel=1e-4)
+    within = run([[-sign * (1e2 + x) for x in samples]], EMA(), constraint=Constraint("c", **bound))
+    assert within.report()[0].scale == pytest.approx(np.std(samples, ddof=1))
 
 
 def test_default_scales():

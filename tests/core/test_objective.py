@@ -1,6 +1,7 @@
 """What a call returns, and what the report and the metrics say."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -225,6 +226,7 @@ class _Wrapped(torch.nn.Module):
 
 
 def _accelerated(model):
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests before this one
     return Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
 
 
@@ -256,10 +258,26 @@ def test_an_output_that_a_wrapper_puts_together_again_still_knows_the_metrics(wr
 
 
 def test_a_report_reads_like_a_tuple():
-    report = relaxed([Constraint("c", lower=0.0, upper=1.0)]).report()
+    objective = relaxed([Constraint("c", lower=0.0, upper=1.0)])
+    objective.calibrate({"c": torch.tensor(0.5)})
+    report = objective.report()
     low, high = report
     assert (len(report), report[0], report[-1], report[:1]) == (2, low, high, (low,))
     assert report == (low, high)
-    assert report == copy.deepcopy(report)
+    assert report == copy.deepcopy(report) == pickle.loads(pickle.dumps(report))
+    assert (report.index(high), high in report) == (1, True)
+    match report:
+        case [first, *_]:
+            assert first is low
     assert hash(report) == hash((low, high))
     assert repr(low) in repr(report)
+
+
+def test_the_output_of_a_copy_is_of_the_copy():
+    objective = relaxed([Constraint("c", upper=1.0)])
+    other = copy.deepcopy(objective)
+    out = other.combine(None, {"c": exact(3.0)})
+    other.step()
+    assert out.metrics()["constraints/c/value"] == 3.0
+    assert np.isnan(objective.metrics()["constraints/c/value"])
+    assert len(pickle.dumps(out.bounds)) < 1000  # rows, and not all that they come from

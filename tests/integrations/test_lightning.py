@@ -91,6 +91,31 @@ def test_a_step_that_is_skipped_commits_nothing(tmp_path):
     assert math.isfinite(objective.report()[0].estimate)
 
 
+class Forgetful(Module):
+    """Trains on a loss without the constraints."""
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+
+def test_an_objective_that_is_never_called_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match=r"step\(\) with nothing measured"):
+        fit(tmp_path, make_objective(), 1, kind=Forgetful)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_is_skipped_in_one_process_alone(tmp_path, ranks):
+    """Several have to commit together, whatever one of them measured."""
+    objective, committed = make_objective(), []
+    callback, module = BarrierCallback(objective), types.SimpleNamespace(automatic_optimization=True, log_dict=len)
+    objective.step = lambda: committed.append(1)
+    trainer = types.SimpleNamespace(global_step=0, world_size=ranks, precision_plugin=None)
+    callback.on_train_start(trainer, module)
+    trainer.global_step = 1
+    callback.on_train_batch_end(trainer, module, {}, None, 0)
+    assert len(committed) == ranks - 1
+
+
 def test_gradients_are_those_of_a_plain_loop_and_validation_changes_nothing(tmp_path):
     objective, other, model = make_objective(), make_objective(), make_model()
     trainer, module = fit(tmp_path, objective, 2)

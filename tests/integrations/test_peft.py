@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from barrierlm import Constraint
 from barrierlm.integrations.logits import kl
-from barrierlm.integrations.models import reference_logits
+from barrierlm.integrations.models import in_evaluation, reference_logits
 
 from .examples import added_lines, run_both
 from .test_transformers import Gradients, InOrder, make_objective, make_trainer
@@ -47,12 +47,34 @@ def test_the_model_is_afterwards_as_before():
     model = get_peft_model(make_model(), LORA)
     model.train()
     model.get_input_embeddings().eval()
-    for name, p in model.named_parameters():
-        p.requires_grad_("lora_B" in name)
+    model.add_adapter("another", LORA)
+    for name, p in model.named_parameters():  # of the active adapter, and of the other
+        p.requires_grad_("lora_B.default" in name or "lora_A.another" in name)
     before = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
     reference_logits(model, collate(make_rows(2)))
     assert ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]) == before
     assert len(set(before[0])) == len(set(before[1])) == 2
+
+
+class _Merging(torch.nn.Module):
+    """As LoRA layers that merge their weights for evaluation."""
+
+    merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_modules_undo_what_their_evaluation_mode_did():
+    model = torch.nn.Sequential(_Merging(), torch.nn.Sequential(_Merging(), torch.nn.Dropout()), _Merging())
+    model[1].eval()
+    model[1][1].train()
+    before = [(m.training, getattr(m, "merged", None)) for m in model.modules()]
+    with in_evaluation(model):
+        assert all(m.merged for m in model.modules() if isinstance(m, _Merging))
+        assert not any(m.training for m in model.modules())
+    assert [(m.training, getattr(m, "merged", None)) for m in model.modules()] == before
 
 
 def test_gradients_are_those_of_a_plain_loop_with_a_second_model(tmp_path):

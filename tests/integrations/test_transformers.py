@@ -1,5 +1,6 @@
 """transformers' Trainer: the same gradient as a plain loop, nothing in evaluation, resume bit for bit, real runs."""
 
+import errno
 import importlib
 import json
 import math
@@ -298,6 +299,10 @@ RETURNED = [
     ({"measure": lambda *given: torch.ones(2)}, TypeError, "measure returned a Tensor; allowed"),
     ({"num_samples": lambda batch: 3}, TypeError, "num_samples returned a int; allowed: numbers by constraint name"),
     ({"num_samples": lambda batch: {"flaged": 3}}, ValueError, "a number for 'flaged'; allowed: .*'flagged'"),
+    ({"num_samples": lambda batch: {"flagged": None}}, TypeError, "for 'flagged', returned None; allowed: a whole"),
+    ({"num_samples": lambda batch: {"flagged": torch.ones(2)}}, TypeError, "for 'flagged', returned tensor"),
+    ({"num_samples": lambda batch: {"flagged": math.nan}}, ValueError, "for 'flagged', returned nan; allowed"),
+    ({"num_samples": lambda batch: {"flagged": 0.5}}, ValueError, "for 'flagged', returned 0.5; allowed"),
 ]
 
 
@@ -333,7 +338,7 @@ def test_a_constraint_of_some_micro_batches_has_its_gradient_if_it_is_announced(
 
     def num_samples(batch):
         counted.append(batch)
-        return {"entropy": 2 * (len(counted) % 2)}
+        return {"entropy": 2} if len(counted) % 2 else {}
 
     trainer = make_trainer(
         tmp_path,
@@ -364,6 +369,20 @@ def test_a_damaged_state_names_its_file(tmp_path, damage):
     file = tmp_path / "objective.pt"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=r"objective.pt is damaged.*allowed"):
+        load_objective(objective, str(tmp_path))
+
+
+def test_a_state_that_cannot_be_read_or_is_of_something_else_is_not_damaged(tmp_path, monkeypatch):
+    objective = make_objective()
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "objective.pt")
+    with pytest.raises(ValueError, match=r"objective.pt holds something else than an objective's state"):
+        load_objective(objective, str(tmp_path))
+
+    def refuse(*given, **more):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("barrierlm.integrations.checkpoint.zipfile.ZipFile", refuse)
+    with pytest.raises(PermissionError):
         load_objective(objective, str(tmp_path))
 
 

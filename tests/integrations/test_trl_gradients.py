@@ -172,7 +172,7 @@ def test_sft_with_a_measurement_of_some_micro_batches(exact, model, tmp_path):
             train_dataset=Dataset.from_dict({"text": ["say one two three", "it was red"] * 4, "kept": kept}),
             constraints=BarrierObjective(None, [Constraint("entropy", lower=9.0, scale=1.0)], rule=rule),
             measurements={"entropy": measure},
-            num_samples={"entropy": lambda inputs: int(inputs["kept"].max()) if exact else inputs["kept"].sum()},
+            num_samples={"entropy": lambda inputs: inputs["kept"].sum()},
             columns=["kept"],
         )
         trainer.train()

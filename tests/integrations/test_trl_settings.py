@@ -111,6 +111,11 @@ def test_what_is_announced_must_come(model, tmp_path):
     arguments = {"measurements": {"entropy": lambda b: None}, "num_samples": {"entropy": lambda inputs: 1}}
     with pytest.raises(ValueError, match="returned 0 values in a micro-batch of 1 samples"):
         make_trainer("sft", model, tmp_path, **arguments).train()
+    arguments = {"measurements": {"entropy": lambda b: 1.0}, "num_samples": {"entropy": lambda inputs: 1}}
+    with pytest.raises(TypeError, match="is a float; allowed: Sampled"):
+        make_trainer("sft", model, tmp_path, **arguments).train()
+    with pytest.raises(TypeError, match=r"num_samples\['entropy'\] returned None; allowed: a whole number"):
+        make_trainer("sft", model, tmp_path, num_samples={"entropy": lambda inputs: None}).train()
 
 
 def test_processes_that_the_trainer_does_not_know_of_are_refused(model, tmp_path, monkeypatch):

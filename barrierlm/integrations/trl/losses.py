@@ -12,7 +12,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from barrierlm import BarrierObjective, Constraint
 
-from ..hooks import ConstrainsLoss
+from ..hooks import ConstrainsLoss, sample_count
 from .base import Commit, ConstrainedTrainer, make_objective
 from .batch import Batch, PreferenceBatch
 
@@ -32,9 +32,9 @@ class ConstrainedLoss(ConstrainsLoss, ConstrainedTrainer):
             with gradient: [n], one value per sequence (per pair) of the micro-batch; or 0-d, taken as exact; or None:
             not measured in this micro-batch.
         num_samples: By constraint name, for measurements [n] of another n, and for those that only some of a step's
-            micro-batches make: a function of a micro-batch's inputs (columns included) that returns n, 1 for a 0-d
-            value and 0 for None. It is called before the step, to know the step's total. What is left out unannounced
-            pulls the constraint's gradient to 0, and is warned of.
+            micro-batches make: a function of a micro-batch's inputs (columns included) that returns n, for a 0-d value
+            any number but 0, and 0 for None. It is called before the step, to know the step's total. What is left out
+            unannounced pulls the constraint's gradient to 0, and is warned of.
         columns: Dataset columns that measurements need.
         **kwargs: Of the trainer.
 
@@ -83,16 +83,19 @@ class ConstrainedLoss(ConstrainsLoss, ConstrainedTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The Trainer's micro-batches of a step; how many samples they hold over all ranks is noted."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        own = [sum(self._expected(name, inputs) for inputs in batches) for name in self._measurements]
-        total = self.accelerator.reduce(torch.tensor([*own, len(batches)], device=device), reduction="sum")
-        *counts, self._micro_batches = total.unbind()
-        self._window_samples = dict(zip(self._measurements, counts, strict=True))
+        own = [[self._expected(name, inputs) for inputs in batches] for name in self._measurements]
+        counts = torch.tensor([[sum(numbers), sum(n > 0 for n in numbers)] for numbers in own], device=device)
+        total = self.accelerator.reduce(counts, reduction="sum")
+        #: By constraint: samples, and micro-batches that have some, which is what exact values are averaged over.
+        self._window_samples, self._window_batches = (
+            dict(zip(self._measurements, numbers.unbind(), strict=True)) for numbers in total.unbind(1)
+        )
         return batches, num_items
 
     def _expected(self, name: str, inputs: Mapping[str, Any]) -> int:
         """Samples of this constraint in a micro-batch, told from its inputs."""
         if name in self._num_samples:
-            return int(self._num_samples[name](inputs))
+            return sample_count(f"num_samples[{name!r}]", self._num_samples[name](inputs))
         return len(inputs["input_ids"]) // self._rows_per_sample
 
     def compute_loss(
@@ -121,18 +124,19 @@ class ConstrainedLoss(ConstrainsLoss, ConstrainedTrainer):
     ) -> Tensor:
         totals = {}
         for name in self._measurements:
-            value, announced = measured.get(name), name in self._num_samples
-            if value is None and not announced:
-                continue
-            exact = isinstance(value, Tensor) and value.dim() == 0
-            totals[name] = self._micro_batches if exact and not announced else self._window_samples[name]
-            expected = self._expected(name, {**batch.inputs, **columns}) if announced or not exact else 1
+            value = measured.get(name)
+            if not isinstance(value, Tensor) and (value is not None or name not in self._num_samples):
+                continue  # `combine` says what is wrong with it, or nothing was announced
+            exact = value is not None and value.dim() == 0
             number = 0 if value is None else 1 if exact else len(value)
-            if number != expected:
+            expected = self._expected(name, {**batch.inputs, **columns})
+            if number != expected and not (exact and expected):
                 raise ValueError(
-                    f"measurements[{name!r}] returned {number} values in a micro-batch of {expected} samples; "
-                    f"allowed: one for each, or a mean (0-d), or num_samples={{{name!r}: how many, from the inputs}}"
+                    f"measurements[{name!r}] returned {number} values in a micro-batch of {expected} samples; allowed: "
+                    f"one for each, or a mean (0-d), or num_samples={{{name!r}: how many, from the inputs}}"
                 )
+            if value is not None:
+                totals[name] = (self._window_batches if exact else self._window_samples)[name]
         steps = self.current_gradient_accumulation_steps
         before = steps if scaled else 1  # a loss that the Trainer does not divide is made one that it would
         out = self.objective.combine(loss * before, measured, num_samples_in_window=totals, loss_divisor=steps)
