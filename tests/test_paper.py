@@ -601,7 +601,9 @@ def test_rows_of_an_earlier_result_are_kept_but_for_the_problems_named(tmp_path,
     ("arguments", "again"),
     [
         (["--problems", "length 12"], {"length 12 to 16, default", "length 12 to 16, MM"}),
-        (["--methods", DEFAULT], {"length 12 to 16, default"}),
+        (["--methods", DEFAULT], {"SFT, SFT", "length 12 to 16, default"}),
+        (["--methods", DEFAULT, "--problems", "feasible", "length"], {"SFT, SFT", "length 12 to 16, default"}),
+        (["--problems", "feasible start: length 16"], {"SFT, SFT"}),
         (["--methods", SFT, DEFAULT, "--problems", "length 12"], {"SFT, SFT", "length 12 to 16, default"}),
         (["--problems", "helpful"], {"helpful only, penalty", "harmless only, penalty"}),
         (["--methods", PENALTY, "--problems", "harm"], {"helpful only, penalty", "harmless only, penalty"}),
@@ -609,7 +611,7 @@ def test_rows_of_an_earlier_result_are_kept_but_for_the_problems_named(tmp_path,
     ],
 )
 def test_what_is_made_again_beside_an_earlier_result(arguments, again):
-    """SFT where it is named, and the runs for a reward alone, which the bounds of all of them are made of, together."""
+    """SFT where it is named or a run starts from its weights; runs for a reward alone, which bounds are made of."""
     only = (Problem(f"{name} only", (Bound(name, name, lower=UNREACHABLE),)) for name in ("helpful", "harmless"))
     tasks = [Task(Problem(SFT), SFT, 0, 4, SOURCES), *(Task(one, PENALTY, 0, 4, SOURCES, 1.0) for one in only)]
     tasks += [Task(window(12, 16), method, 0, 4, SOURCES) for method in (DEFAULT, MM)]

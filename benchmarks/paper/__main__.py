@@ -23,7 +23,7 @@ from ..environment import RESULTS, ROOT, slug
 from ..output import path_of, save
 from . import report
 from .estimate import every_task, message, remaining
-from .experiment import REWARD_PROBLEMS, REWARDS, SEEDS, Bound, Row, Sources, Task, full, problems_of, quick
+from .experiment import FEASIBLE, REWARD_PROBLEMS, REWARDS, SEEDS, Bound, Row, Sources, Task, full, problems_of, quick
 from .groups import name_of
 from .methods import ABOUT
 from .run import Cache, run_all
@@ -83,10 +83,15 @@ def _wanted(task: Task, arguments: argparse.Namespace) -> bool:
 
 
 def _asked_for(task: dict[str, Any], arguments: argparse.Namespace) -> bool:
-    """Whether a row of an earlier result is to be made again; SFT is where --methods names it."""
+    """Whether a row of an earlier result is to be made again.
+
+    SFT is where --methods names it, and where a feasible start is chosen: that begins from weights, which no row holds.
+    """
     method, problem = task["method"], task["problem"]["name"]
     if not task["problem"]["bounds"]:
-        return method in (arguments.methods or ())
+        starts = [name.partition(":")[0] for name in arguments.problems or []]
+        begun_from = arguments.command == "full" and (not starts or any(FEASIBLE.startswith(start) for start in starts))
+        return begun_from or method in (arguments.methods or ())
     names = REWARD_PROBLEMS if problem.endswith(" only") else (problem,)
     return (not arguments.methods or method in arguments.methods) and any(_chosen(name, arguments) for name in names)
 

@@ -206,6 +206,8 @@ def full(sources: Sources, done: Done, steps: int | None = None, seeds: int = SE
 
 
 REWARDS = ("helpful", "harmless")
+#: What the name of the problem begins with whose runs start from SFT's weights.
+FEASIBLE = "feasible start"
 #: The problem with bounds that nothing can meet.
 TOGETHER = "infeasible together"
 #: Problems whose bounds the runs for a reward alone decide about.
@@ -240,7 +242,7 @@ def problems_of(rewards: dict[str, Bound], sft_length: float | None) -> list[Pro
         *(window(*bounds) for bounds in WINDOWS),
         *(Problem(name, (bound,), 64) for name, bound in rewards.items()),
         *([Problem(REWARD_PROBLEMS[-1], tuple(rewards.values()), 64)] if len(rewards) == len(REWARDS) else []),
-        *(window(*bounds, "feasible start: length", start="sft") for bounds in near),
+        *(window(*bounds, f"{FEASIBLE}: length", start="sft") for bounds in near),
         Problem(TOGETHER, (Bound("short", "length", upper=8.0), Bound("long", "length", lower=20.0)), 48),
     ]
 
