@@ -62,11 +62,11 @@ class BarrierCallback(Callback):
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
+        skipped, self._skipped = self._skipped, True
         scale = _scale(trainer)
         if scale is not None and self._scale is not None and scale < self._scale:
             self.objective.discard_window()
             return
-        skipped, self._skipped = self._skipped, True
         # A step whose every training_step returned None, which Lightning allows in one process, and counts.
         if skipped and pl_module.automatic_optimization and trainer.world_size == 1:
             self.objective.discard_window()
