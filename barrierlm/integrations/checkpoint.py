@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,7 @@ import torch
 
 from barrierlm import BarrierObjective
 from barrierlm.distributed import world_size
-from barrierlm.files import replacing
+from barrierlm.files import damage, replacing
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -42,28 +40,13 @@ def load_objective(objective: BarrierObjective, folder: str) -> None:
             f"{file}: the checkpoint is of a run without these constraints, or with save_only_model; allowed: one that "
             "this trainer saved (for a new run load the weights with from_pretrained)"
         )
-    damage = _damage(file)
-    if damage is not None:
-        raise ValueError(f"{file} is damaged ({damage}); allowed: an older checkpoint")
+    if (what := damage(file)) is not None:
+        raise ValueError(f"{file} is damaged ({what}); allowed: an older checkpoint")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(f"{file} holds something else than an objective's state; allowed: what was saved") from error
     objective.load_state_dict(state)
-
-
-def _damage(file: Path) -> str | None:
-    """What is wrong with a file of torch.save by its checksums, at which torch.load does not look."""
-    try:
-        with zipfile.ZipFile(file) as records:
-            bad = records.testzip()
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a place before the file's beginning
-            raise  # says nothing about the file
-        return "not a whole file"
-    except Exception as error:  # one flipped bit turns plain records into compressed ones: zlib.error, and others
-        return str(error) or type(error).__name__
-    return None if bad is None else f"the checksum of {bad} is wrong"
 
 
 class SavesObjective(_Base):

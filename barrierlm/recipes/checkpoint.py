@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from barrierlm import BarrierObjective
-from barrierlm.files import StorageError, make_folder, replacing, storage_errors, sync_folder
+from barrierlm.files import StorageError, damage, make_folder, replacing, storage_errors, sync_folder
 
 from .best import BestWeights
 from .config import ConfigError, leaves
@@ -234,11 +233,8 @@ class _Damaged(Exception):
 def _read(path: Path) -> dict[str, Any]:
     """The checkpoint, after its checksums; plain tensors and values, no code."""
     try:
-        # torch writes a checksum of every record and does not look at it when it loads.
-        with zipfile.ZipFile(path) as records:
-            bad = records.testzip()
-        if bad is not None:
-            raise _Damaged(f"the checksum of {bad} is wrong")
+        if (what := damage(path)) is not None:
+            raise _Damaged(what)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _Damaged(f"not written by this recipe ({str(error).splitlines()[0]})") from None

@@ -36,8 +36,6 @@ def loading(option: str, allowed: str) -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError:
-        raise
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise ConfigError(f"{option} cannot be loaded ({first}); allowed: {allowed}") from error

@@ -381,7 +381,7 @@ def test_a_state_that_cannot_be_read_or_is_of_something_else_is_not_damaged(tmp_
     def refuse(*given, **more):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("barrierlm.integrations.checkpoint.zipfile.ZipFile", refuse)
+    monkeypatch.setattr("barrierlm.files.zipfile.ZipFile", refuse)
     with pytest.raises(PermissionError):
         load_objective(objective, str(tmp_path))
 
